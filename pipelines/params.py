@@ -1,0 +1,188 @@
+"""Every key of params.yaml: one class a stage, checked on load.
+
+An unknown key, a wrong type or an impossible value ends with one sentence that names the key and the fix.
+YAML is read as version 1.2 (ruamel), the dialect that DVC reads, so `3e-4` is a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class UserError(Exception):
+    """Something a person can mend: the message is one sentence with the fix; commands print it and exit with 2."""
+
+
+class Section(BaseModel):
+    """A frozen section: unknown keys are refused and `"8"` is not a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Fetch(Section):
+    timeout_s: float = Field(30.0, gt=0, description="seconds without a byte before a download is retried")
+    retries: int = Field(5, ge=1, le=20, description="attempts per download, with exponential backoff")
+    max_unpacked_mib: int = Field(2048, ge=1, description="an archive that unpacks to more than this is refused")
+
+
+class Clean(Section):
+    heldout_percent: float = Field(2.0, gt=0, lt=50, description="share of documents held out, by document hash")
+    min_characters: int = Field(200, ge=1, description="shorter documents are dropped")
+    max_characters: int = Field(200_000, ge=1000, description="longer documents are split at a paragraph")
+
+
+class Contracts(Section):
+    max_duplicate_rate: float = Field(0.02, ge=0, le=1, description="share of raw documents that were exact duplicates")
+    max_control_character_rate: float = Field(1e-4, ge=0, le=1, description="control characters per character")
+    max_secret_rate: float = Field(0.05, ge=0, le=1, description="documents with an e-mail address or a key-like string")
+    max_overlap_rate: float = Field(0.05, ge=0, le=1, description="held-out documents sharing too many 13-token runs")
+    max_drift: float = Field(0.25, gt=0, description="largest accepted change of a profile figure, as a fraction")
+    min_documents: int = Field(50, ge=1, description="fewer training documents than this are no corpus")
+
+
+class Encode(Section):
+    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="tokens, special ones included")
+    shard_mib: int = Field(64, ge=1, description="size of one .bin shard")
+
+
+class Training(Section):
+    """What pretraining and fine-tuning share."""
+
+    steps: int = Field(ge=1, description="optimiser steps")
+    batch_tokens: int = Field(ge=8, description="tokens a step over all devices")
+    sequence_length: int = Field(ge=8, description="tokens a row; documents are packed, attention stays inside each")
+    learning_rate: float = Field(gt=0, le=1, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, le=1)
+    clip_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast over fp32 weights")
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"`batch_tokens` ({self.batch_tokens}) must be a multiple of `sequence_length` ({self.sequence_length})"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must be below `steps` ({self.steps})")
+        return self
+
+
+class Pretrain(Training):
+    model: dict[str, Any] = Field(description="`preset` names an architecture; other keys override its fields")
+    decay_fraction: float = Field(0.4, ge=0, le=1, description="last share of the steps, over which the rate decays")
+    balance_speed: float = Field(1e-3, ge=0, description="router bias step, DeepSeek-V3 section 2.1.2")
+
+
+class Finetune(Training):
+    method: Literal["full", "lora"] = Field("full", description="lora: low-rank updates, merged at the end")
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    languages: list[str] = Field(default_factory=lambda: ["en"], description="chat sources' languages to train on")
+
+
+class Evaluate(Section):
+    sequence_length: int = Field(ge=8, description="context in tokens")
+    max_bytes: int = Field(1_000_000, ge=1000, description="held-out bytes scored, taken in order of document hash")
+    sample_tokens: int = Field(64, ge=1, description="length of each sample generation")
+    prompts: list[str] = Field(min_length=1, description="prompts of the sample generations")
+
+
+class Export(Section):
+    max_logit_difference: float = Field(1e-4, gt=0, description="largest |ours - transformers| in fp32")
+
+
+class Register(Section):
+    name: str = Field("shovel-demo", pattern=r"^[A-Za-z0-9][\w.-]*$", description="registered model in MLflow")
+    margin_bits_per_byte: float = Field(0.02, ge=0, description="a challenger may be worse than the champion by this")
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    fetch: Fetch
+    clean: Clean
+    contracts: Contracts
+    encode: Encode
+    pretrain: Pretrain
+    finetune: Finetune
+    evaluate: Evaluate
+    export: Export
+    register_: Register = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        for key in ("finetune", "evaluate"):
+            length = getattr(self, key).sequence_length
+            if length > self.pretrain.sequence_length:
+                raise ValueError(
+                    f"`{key}.sequence_length` ({length}) must not exceed "
+                    f"`pretrain.sequence_length` ({self.pretrain.sequence_length})"
+                )
+        return self
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml; raises `UserError` with one sentence."""
+    return checked(Params, read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> Any:
+    """YAML 1.2 as plain dicts and lists; raises `UserError` when the file is absent or not YAML."""
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run from the repository's root, or restore it with git.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}; mend that line.") from None
+
+
+def checked(schema: type[Schema], content: Any, path: Path) -> Schema:
+    """Validate `content` against `schema`; the first problem becomes one sentence with key and fix."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error.errors()[0], schema)}") from None
+
+
+def _sentence(problem: dict[str, Any], schema: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    given = repr(problem["input"])
+    given = given if len(given) < 60 else given[:57] + "..."
+    match problem["type"]:
+        case "missing":
+            return f"`{key}` is missing; add it."
+        case "extra_forbidden":
+            return f"`{key}` is not a known key{_suggestion(problem['loc'], schema)}."
+        case "model_type" | "model_attributes_type":
+            return f"{f'`{key}`' if key else 'the file'} must be a section of keys, not {given}; write `key: value` lines."
+        case "value_error":
+            return f"{f'`{key}`: ' if key else ''}{problem['ctx']['error']}; change one of them."
+        case _:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"`{key}` is {given}, but {message.replace('input should', 'it must')}; correct the value."
+
+
+def _suggestion(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
+    """`; did you mean ...` for a misspelt key, else where the known keys are."""
+    for part in location[:-1]:
+        inner = getattr(schema.model_fields.get(part), "annotation", None)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            schema = inner
+    names = [field.alias or name for name, field in schema.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean `{close[0]}`" if close else f"; remove it (known keys: {', '.join(names)})"

@@ -1,0 +1,160 @@
+"""What surrounds every stage's pure function: checked parameters, tracking, exact outputs, one clear line at the end.
+
+A stage module ends with
+
+    if __name__ == "__main__":
+        stage.main("clean", lambda params, run: clean(params.clean, RAW, CLEAN, CHAT))
+
+The function returns its metrics as a dict: they go to reports/<name>.json and to MLflow. Exit codes: 0 done, 2 a
+mistake that the message tells how to mend, 130 interrupted, 1 a defect of ours (with traceback).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines import tracking
+from pipelines.params import Params, UserError, load_params
+
+REPORTS = Path("reports")
+console = Console(stderr=True, highlight=False)
+
+
+def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]], variant: str = "") -> None:
+    """Run a stage as a command.
+
+    name: the stage, which is also its section of params.yaml. variant: distinguishes runs of one stage, as in
+    `evaluate` of `base` and of `chat`. Writes reports/<name>[-variant].json and reports/runs/<same>.json.
+    """
+    label = f"{name}-{variant}" if variant else name
+    with exits(label):
+        params = load_params()
+        with tracking.stage_run(label, getattr(params, name, None)) as run:
+            metrics = function(params, run)
+            run.log(flat(metrics))
+        write_json(REPORTS / f"{label}.json", metrics)
+        write_json(REPORTS / "runs" / f"{label}.json", {"experiment_id": run.experiment_id, "run_id": run.run_id})
+
+
+@contextmanager
+def exits(label: str) -> Iterator[None]:
+    """Turn a person's mistakes into one sentence and an exit code; put back what DVC removed before a failed stage."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+        return
+    except UserError as error:
+        message, code = str(error), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted; the previous output is unchanged.", 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            restore_outputs()
+            raise
+        message, code = f"the disk is full ({error.filename or Path.cwd()}); free some space and run again.", 2
+    except BaseException:
+        restore_outputs()
+        raise
+    restore_outputs()
+    print(f"{label}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def restore_outputs() -> None:
+    """Bring back the last outputs of the running DVC stage: DVC deletes them before it starts a command.
+
+    Outside of `dvc repro` nothing was deleted, and nothing is done.
+    """
+    address = os.environ.get("DVC_STAGE")
+    if not address:
+        return
+    from dvc.repo import Repo  # a second of import, needed on failure only
+
+    with Repo() as repo:
+        for output in repo.stage.load_one(name=address).outs:
+            if not output.hash_info or Path(output.fs_path).exists():
+                continue
+            if output.use_cache:
+                output.checkout(force=True)
+            else:
+                shutil.copyfile(repo.cache.local.oid_to_path(output.hash_info.value), output.fs_path)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a fresh path beside `target`; when the block succeeds it takes `target`'s place, else it is removed.
+
+    The block creates a file or a folder there. A reader sees the old content or the new, never a half.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    remove(fresh)
+    try:
+        yield fresh
+        if target.is_dir():
+            target.rename(old)
+        fresh.replace(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        remove(fresh)
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Sorted, indented JSON that replaces `path` in one step."""
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """The JSON that stage `made_by` wrote; raises `UserError` naming that stage when it is absent."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; `dvc repro {made_by}` makes it.") from None
+
+
+def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as {"a/b": number}; what is not a number is left out."""
+    numbers: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            numbers |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (bool, int, float)):
+            numbers[f"{prefix}{key}"] = float(value)
+    return numbers
+
+
+def say(text: str) -> None:
+    """One line for the person who waits."""
+    console.print(text, markup=False)
+
+
+@contextmanager
+def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, nothing elsewhere. Yields `advance(amount=1, text="")`."""
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True) as bars:
+        task = bars.add_task(description, total=total, text="")
+        yield lambda amount=1, text="": bars.update(task, advance=amount, **({"text": text} if text else {}))
