@@ -58,7 +58,7 @@ def seed_everything(seed: int) -> None:
 
 @cache
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best square matmul of 1024 and 2048 in `dtype`, measured now (about 0.2 s): the limit of this process."""
+    """FLOP/s of the best square matmul of 1024 and 2048 in `dtype`, measured now, in about 0.2 s."""
     return max(_matmul_flops(device, dtype, size) for size in (1024, 2048))
 
 

@@ -1,0 +1,76 @@
+"""Training state on disk: written whole or not at all, checked when read.
+
+A store is a folder with one folder a step: step-00000100/state.pt and its sha256. A damaged or half-written one is
+skipped with a warning for the one before it. The store lies outside of the pipeline's outputs, under a key that names
+everything the training depends on, so a state is never resumed by another training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEPT = 2  # checkpoints that stay: the newest, and one to fall back to
+
+
+class CheckpointStore:
+    """The checkpoints of one training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state of `step` finished steps; returns its folder. Older ones beyond `KEPT` go."""
+        target = self.folder / f"step-{step:08d}"
+        fresh = self.folder / f".step-{step:08d}.{os.getpid()}"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            with (fresh / "state.pt").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            (fresh / "sha256").write_text(_sha256(fresh / "state.pt"))
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.replace(target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        for old in self._newest_first()[KEPT:]:
+            shutil.rmtree(old)
+        return target
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest sound state, or None."""
+        return next(self._sound_states(), None)
+
+    def latest_path(self) -> Path | None:
+        """Folder of the newest checkpoint, unchecked."""
+        return next(iter(self._newest_first()), None)
+
+    def clear(self) -> None:
+        """Remove the store: the training has finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _sound_states(self) -> Iterator[dict[str, Any]]:
+        for path in self._newest_first():
+            try:
+                if (path / "sha256").read_text() != _sha256(path / "state.pt"):
+                    raise ValueError("its sha256 differs")
+                yield torch.load(path / "state.pt", weights_only=True)
+            except Exception as error:  # whatever is wrong with this one, the one before it may be sound
+                warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before it", stacklevel=3)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
