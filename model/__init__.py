@@ -1,9 +1,26 @@
-"""What is learnt and how: a DeepSeek-style mixture-of-experts transformer, its training loop and its checkpoints."""
+"""What is learnt and how: a DeepSeek-style mixture-of-experts transformer, its training loop and its checkpoints.
 
-from model.config import ModelConfig, count_parameters
-from model.generate import generate
-from model.hf import load_pretrained, save_pretrained
-from model.transformer import MoETransformer, build
+Names are imported on first use, so that checking a configuration does not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig, count_parameters
+    from model.generate import generate
+    from model.hf import load_pretrained, save_pretrained
+    from model.transformer import MoETransformer, build
+
+_HOMES = {
+    "ModelConfig": "config",
+    "MoETransformer": "transformer",
+    "build": "transformer",
+    "count_parameters": "config",
+    "generate": "generate",
+    "load_pretrained": "hf",
+    "save_pretrained": "hf",
+}
 
 __all__ = [
     "MoETransformer",
@@ -14,3 +31,9 @@ __all__ = [
     "load_pretrained",
     "save_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'model' has no attribute {name!r}")
+    return getattr(import_module(f"model.{_HOMES[name]}"), name)

@@ -1,7 +1,7 @@
 """The training loop, for pretraining and fine-tuning alike: forward, backward, clip, step, balance, checkpoint.
 
 A run that was killed and started again continues from its last checkpoint and ends with the same bits as one that was
-never interrupted: the state holds weights, optimiser, random generator and history, and batches depend on the step alone.
+never interrupted: the state holds weights, optimiser, random generator and history; batches depend on the step alone.
 """
 
 from __future__ import annotations

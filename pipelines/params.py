@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
+from model.config import ModelConfig
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -42,7 +43,9 @@ class Clean(Section):
 class Contracts(Section):
     max_duplicate_rate: float = Field(0.02, ge=0, le=1, description="share of raw documents that were exact duplicates")
     max_control_character_rate: float = Field(1e-4, ge=0, le=1, description="control characters per character")
-    max_secret_rate: float = Field(0.05, ge=0, le=1, description="documents with an e-mail address or a key-like string")
+    max_secret_rate: float = Field(
+        0.05, ge=0, le=1, description="documents with an e-mail address or a key-like string"
+    )
     max_overlap_rate: float = Field(0.05, ge=0, le=1, description="held-out documents sharing too many 13-token runs")
     max_drift: float = Field(0.25, gt=0, description="largest accepted change of a profile figure, as a fraction")
     min_documents: int = Field(50, ge=1, description="fewer training documents than this are no corpus")
@@ -82,6 +85,23 @@ class Pretrain(Training):
     model: dict[str, Any] = Field(description="`preset` names an architecture; other keys override its fields")
     decay_fraction: float = Field(0.4, ge=0, le=1, description="last share of the steps, over which the rate decays")
     balance_speed: float = Field(1e-3, ge=0, description="router bias step, DeepSeek-V3 section 2.1.2")
+
+    @model_validator(mode="after")
+    def _architecture_is_possible(self) -> Pretrain:
+        config = self.architecture()
+        if self.sequence_length > config.max_position_embeddings:
+            raise ValueError(
+                f"`sequence_length` ({self.sequence_length}) must not exceed the model's max_position_embeddings "
+                f"({config.max_position_embeddings})"
+            )
+        return self
+
+    def architecture(self) -> ModelConfig:
+        """The preset with its overrides; `vocab_size` is still the preset's. Raises `ValueError`."""
+        overrides = dict(self.model)
+        if "vocab_size" in overrides:
+            raise ValueError("`model.vocab_size` is the tokenizer's; set `encode.vocab_size` instead")
+        return ModelConfig.preset(overrides.pop("preset", None)).replace(**overrides)
 
 
 class Finetune(Training):
@@ -148,7 +168,9 @@ def read_yaml(path: Path) -> Any:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}; mend that line.") from None
+        raise UserError(
+            f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}; mend that line."
+        ) from None
 
 
 def checked(schema: type[Schema], content: Any, path: Path) -> Schema:
@@ -169,7 +191,9 @@ def _sentence(problem: dict[str, Any], schema: type[BaseModel]) -> str:
         case "extra_forbidden":
             return f"`{key}` is not a known key{_suggestion(problem['loc'], schema)}."
         case "model_type" | "model_attributes_type":
-            return f"{f'`{key}`' if key else 'the file'} must be a section of keys, not {given}; write `key: value` lines."
+            return (
+                f"{f'`{key}`' if key else 'the file'} must be a section of keys, not {given}; write `key: value` lines."
+            )
         case "value_error":
             return f"{f'`{key}`: ' if key else ''}{problem['ctx']['error']}; change one of them."
         case _:

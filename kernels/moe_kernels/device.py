@@ -6,15 +6,16 @@ MLU, Moore Threads MUSA, Teco SDAA, CUDA, ...) needs no code of its own.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
 from functools import cache
 from pathlib import Path
 
-import psutil
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 COLLECTIVES = {"npu": "hccl", "mlu": "cncl", "musa": "mccl", "sdaa": "tccl", "cuda": "nccl", "cpu": "gloo"}
 
 
@@ -43,17 +44,18 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def use_physical_cores() -> None:
-    """Give PyTorch the cores that this process may run on, so that timings do not depend on the launcher."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
-        )
+def prepare() -> None:
+    """Set this process up for training: use the cores it may run on, and keep freed memory for the next step.
 
-
-def seed_everything(seed: int) -> None:
-    """Seed the CPU's and every accelerator's generator."""
-    torch.manual_seed(seed)
+    On a virtual machine fresh pages cost several times the copy into them; glibc returns large blocks after each use
+    unless told otherwise.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 2**31 - 1)
 
 
 @cache

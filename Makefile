@@ -1,0 +1,60 @@
+# `make` lists what there is to do.
+PYTHON ?= python3
+BIN := .venv/bin
+LOG := .make/install.log
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test lab ui serve
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .make/core ## raw text to a promoted model, in one go (about 10 minutes)
+	@shovel demo
+
+test: .make/dev ## the whole test suite
+	@ruff check --quiet . && ruff format --check --quiet . && python -m pytest
+
+lab: .make/lab ## JupyterLab on 127.0.0.1
+	@jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks
+
+ui: .make/core ## the MLflow UI on 127.0.0.1
+	@shovel ui
+
+serve: .make/core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
+	@shovel serve
+
+# Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
+.make/venv:
+	@mkdir -p .make
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"; exit 2; }
+	@echo "install    .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+define install
+	@echo "install    $(1)"
+	@start=$$(date +%s); ( $(BIN)/pip install --disable-pip-version-check $(2) ) >>$(LOG) 2>&1 \
+	  || { tail -n 3 $(LOG); echo "install    failed; the whole log is $(CURDIR)/$(LOG)"; exit 1; }; \
+	  echo "install    done in $$(($$(date +%s) - start)) s"
+endef
+
+.make/torch: .make/venv constraints.txt
+	$(call install,torch,torch==2.13.0 -c constraints.txt)
+	@touch $@
+
+.make/core: .make/torch pyproject.toml constraints.txt
+	$(call install,pipeline: DVC MLflow Great Expectations transformers,-c constraints.txt -e .)
+	@touch $@
+
+.make/dev: .make/core
+	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
+	@touch $@
+
+.make/lab: .make/core
+	$(call install,JupyterLab,-c constraints.txt -e .[lab])
+	@touch $@

@@ -1,0 +1,84 @@
+"""Export the chat model in Hugging Face layout and prove that transformers computes the same.
+
+    python -m pipelines.export          data/models/chat -> data/models/release
+
+The folder is loaded by transformers' own class; next-token logits on held-out text must agree, or the stage fails and
+the folder of before stays.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from model.hf import load_pretrained, save_pretrained
+from model.transformer import MoETransformer
+from pipelines import stage
+from pipelines.encode import load_encoder
+from pipelines.params import Export, UserError
+from pipelines.tracking import Run
+
+CHAT_MODEL, CLEAN, RELEASE = Path("data/models/chat"), Path("data/clean"), Path("data/models/release")
+TEXTS, TOKENS = 8, 256  # held-out documents compared, tokens of each
+
+
+def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) -> dict[str, Any]:
+    """Write `release` from `tuned`; raises `UserError` when transformers' logits differ by more than the limit."""
+    if not (tuned / "config.json").exists():
+        raise UserError(f"{tuned} is missing; `dvc repro finetune` makes it.")
+    net = load_pretrained(tuned)
+    with stage.replacing(release) as fresh:
+        save_pretrained(net, fresh, tokenizer=tuned)
+        settings = {
+            "bos_token_id": net.config.bos_token_id,
+            "eos_token_id": net.config.eos_token_id,
+            "do_sample": False,
+        }
+        (fresh / "generation_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        difference, agreement = compare(net, fresh, _samples(tuned, clean))
+        if not difference <= params.max_logit_difference:
+            raise UserError(
+                f"transformers computes other logits from the exported folder: they differ by {difference:.2e}, the "
+                f"limit `export.max_logit_difference` is {params.max_logit_difference:.0e}; nothing was exported."
+            )
+    stage.say(
+        f"export     transformers agrees: logits differ by {difference:.1e} (limit {params.max_logit_difference:.0e})"
+    )
+    return {
+        "passed": True,
+        "max_logit_difference": difference,
+        "limit": params.max_logit_difference,
+        "top1_agreement": agreement,
+    }
+
+
+def compare(net: MoETransformer, folder: Path, samples: list[torch.Tensor]) -> tuple[float, float]:
+    """(largest |ours - theirs| of the logits in fp32, share of positions with the same best token)."""
+    from transformers import AutoModelForCausalLM  # four seconds of import
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    differences, agreements = [], []
+    with torch.no_grad():
+        for ids in samples:
+            a, b = net(ids).logits, theirs(ids).logits.float()
+            differences.append((a - b).abs().max().item())
+            agreements.append((a.argmax(-1) == b.argmax(-1)).float().mean().item())
+    return max(differences), sum(agreements) / len(agreements)
+
+
+def _samples(tokenizer: Path, clean: Path) -> list[torch.Tensor]:
+    """Token ids [1, n] of held-out documents, one language after the other so that several are covered."""
+    table = pd.read_parquet(clean / "documents.parquet", columns=["text", "language", "sha256", "split"])
+    heldout = table[table["split"] == "heldout"].sort_values("sha256")
+    turn = heldout.groupby("language").cumcount()
+    texts = heldout.assign(turn=turn).sort_values(["turn", "sha256"])["text"].head(TEXTS)
+    encoder = load_encoder(tokenizer)
+    return [torch.tensor([[0, *encoder.encode_ordinary(text)[: TOKENS - 1]]]) for text in texts]
+
+
+if __name__ == "__main__":
+    stage.main("export", lambda params, run: export(params.export, CHAT_MODEL, CLEAN, RELEASE, run))

@@ -1,0 +1,48 @@
+"""Pretrain a mixture-of-experts model on the encoded corpus.
+
+    python -m pipelines.pretrain        data/tokens -> data/models/base
+
+A run that was killed continues from its last checkpoint and ends with the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.data import PackedTokens
+from model.hf import save_pretrained
+from model.transformer import build
+from pipelines import stage
+from pipelines.params import Pretrain, UserError
+from pipelines.tracking import Run
+from pipelines.training import finish, fit
+
+TOKENS, BASE, CURVE = Path("data/tokens"), Path("data/models/base"), Path("reports/plots/pretrain.csv")
+
+
+def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) -> dict[str, Any]:
+    """Train from scratch on the train split of `tokens`; writes the folder `base` and the CSV `curve`."""
+    manifest = stage.read_json(tokens / "manifest.json", made_by="encode")
+    config = params.architecture().replace(vocab_size=manifest["vocab_size"])
+    try:
+        rows = PackedTokens(tokens, "train", params.sequence_length, params.seed)
+    except ValueError as error:
+        raise UserError(f"params.yaml: `pretrain.sequence_length`: {error}.") from None
+    net = build(config, params.seed)
+    inputs = {"tokens": manifest["key"]}
+    metrics = fit("pretrain", net, rows, params, inputs, curve, run)
+    with stage.replacing(base) as fresh:
+        save_pretrained(net, fresh, tokenizer=tokens)
+    finish("pretrain", params, inputs)
+    epochs = metrics["tokens"] / manifest["splits"]["train"]["tokens"]
+    stage.say(
+        f"pretrain   {metrics['parameters'] / 1e6:.1f} M parameters ({metrics['active_parameters'] / 1e6:.1f} M active), "
+        f"{metrics['tokens'] / 1e6:.1f} M tokens ({epochs:.1f} epochs), loss {metrics['loss_first']:.2f} -> "
+        f"{metrics['loss_last']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+    )
+    return metrics | {"epochs": epochs}
+
+
+if __name__ == "__main__":
+    stage.main("pretrain", lambda params, run: pretrain(params.pretrain, TOKENS, BASE, CURVE, run))

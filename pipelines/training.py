@@ -1,0 +1,111 @@
+"""What pretraining and fine-tuning share around `model.train`: device, checkpoints, live display, curves, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from moe_kernels import device as devices
+
+from model.checkpoint import CheckpointStore
+from model.config import ModelConfig, count_parameters, flops_per_token
+from model.data import Rows
+from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
+from model.transformer import MoETransformer
+from pipelines.params import Training, UserError
+from pipelines.stage import progress, replacing, say
+from pipelines.tracking import Run, root
+
+CODE = ("model", "kernels/moe_kernels")
+
+
+def fit(
+    stage: str, net: MoETransformer, rows: Rows, params: Training, inputs: dict[str, str], curve: Path, run: Run
+) -> dict[str, Any]:
+    """Train `net` in place, resuming where a killed run of the same inputs stopped.
+
+    inputs: digests of what the weights depend on besides params and code. curve: CSV of the loss, one row a step.
+    Returns the stage's metrics; raises `UserError` when the loss stops being finite.
+    """
+    devices.prepare()
+    device = devices.default()
+    key = checkpoint_key(params, inputs)
+    store = CheckpointStore(root() / ".checkpoints" / stage / key)
+    resumed = store.latest_path()
+    if resumed:
+        run.resume(key)
+        say(f"{stage:<10} continues from {resumed.name}")
+    run.tag(checkpoint_key=key, device=devices.name(device))
+    fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
+    config = TrainConfig(**fields)
+    with progress(stage, config.steps) as advance:
+
+        def report(step: int, record: Record) -> None:
+            run.log(record, step)
+            advance(1, _live(net.config, config, record, device))
+
+        try:
+            history = train(net, rows, config, store, device, report)
+        except DivergedError as error:
+            raise UserError(_advice(stage, error)) from None
+    _write_curve(curve, history)
+    return _metrics(net.config, config, history, device)
+
+
+def finish(stage: str, params: Training, inputs: dict[str, str]) -> None:
+    """Remove the checkpoints of a training whose weights are safely written."""
+    CheckpointStore(root() / ".checkpoints" / stage / checkpoint_key(params, inputs)).clear()
+
+
+def checkpoint_key(params: Training, inputs: dict[str, str]) -> str:
+    """Digest of all that the weights are a function of: parameters, inputs, code and PyTorch's version."""
+    code = hashlib.sha256()
+    for folder in CODE:
+        for file in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
+            code.update(file.read_bytes())
+    settings = params.model_dump(exclude={"checkpoint_every"})
+    whole = json.dumps([settings, inputs, code.hexdigest(), torch.__version__], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _live(model: ModelConfig, config: TrainConfig, record: Record, device: torch.device) -> str:
+    speed = record["tokens_per_s"]
+    share = share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device)
+    return f"loss {record['loss']:.3f}  {speed:,.0f} tokens/s  {share:.1%} of peak"
+
+
+def _advice(stage: str, error: DivergedError) -> str:
+    documents = ", ".join(map(str, error.documents[:20])) + (" ..." if len(error.documents) > 20 else "")
+    last = f"the last good checkpoint is {error.checkpoint}" if error.checkpoint else "there is no checkpoint yet"
+    return (
+        f"the loss of step {error.step} is not finite (documents of the batch: {documents}); {last}: "
+        f"lower `{stage}.learning_rate` or raise `{stage}.warmup_steps` and run again."
+    )
+
+
+def _write_curve(path: Path, history: list[Record]) -> None:
+    with replacing(path) as fresh:
+        pd.DataFrame(history).rename_axis("step").reset_index().to_csv(fresh, index=False, float_format="%.6g")
+
+
+def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
+    """First and last loss (mean of ten steps), size, speed (median step)."""
+    table = pd.DataFrame(history)
+    total, active = count_parameters(model)
+    speed = float(table["tokens_per_s"].median())
+    return {
+        "steps": config.steps,
+        "tokens": config.steps * config.batch_tokens,
+        "loss_first": float(table["loss"].head(10).mean()),
+        "loss_last": float(table["loss"].tail(10).mean()),
+        "max_load_over_mean": float(table["max_load_over_mean"].tail(10).mean()),
+        "parameters": total,
+        "active_parameters": active,
+        "tokens_per_s": speed,
+        "share_of_peak": share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device),
+        "seconds": float((config.batch_tokens / table["tokens_per_s"]).sum()),
+    }
