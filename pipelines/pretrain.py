@@ -37,8 +37,8 @@ def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) 
     finish("pretrain", params, inputs)
     epochs = metrics["tokens"] / manifest["splits"]["train"]["tokens"]
     stage.say(
-        f"pretrain   {metrics['parameters'] / 1e6:.1f} M parameters ({metrics['active_parameters'] / 1e6:.1f} M active), "
-        f"{metrics['tokens'] / 1e6:.1f} M tokens ({epochs:.1f} epochs), loss {metrics['loss_first']:.2f} -> "
+        f"pretrain   {metrics['parameters'] / 1e6:.1f} M weights ({metrics['active_parameters'] / 1e6:.1f} M active), "
+        f"{metrics['tokens'] / 1e6:.1f} M tokens ({epochs:.1f} epochs); loss {metrics['loss_first']:.2f} -> "
         f"{metrics['loss_last']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s"
     )
     return metrics | {"epochs": epochs}

@@ -148,13 +148,14 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def say(text: str) -> None:
     """One line for the person who waits."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, nothing elsewhere. Yields `advance(amount=1, text="")`."""
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True) as bars:
+    quiet = not console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True, disable=quiet) as bars:
         task = bars.add_task(description, total=total, text="")
         yield lambda amount=1, text="": bars.update(task, advance=amount, **({"text": text} if text else {}))

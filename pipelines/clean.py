@@ -1,0 +1,294 @@
+"""Clean the fetched files: one row a document, duplicates and debris gone, held-out documents chosen by their hash.
+
+    python -m pipelines.clean           data/raw -> data/clean, data/chat
+
+data/clean/documents.parquet   text, source, path, language, licence, sha256, bytes, split (train | heldout)
+data/clean/profile.json        what was dropped and why, by source
+data/chat/dialogues.parquet    messages [{role, content}], and the same columns
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import stage
+from pipelines.markup import Dialogue, as_dialogue, dialogues_in, po_to_text, rst_to_text
+from pipelines.params import Clean, UserError
+from pipelines.tracking import Run
+
+RAW, CLEAN, CHAT = Path("data/raw"), Path("data/clean"), Path("data/chat")
+COLUMNS = [pa.field(n, pa.string()) for n in ("source", "path", "language", "licence", "sha256")]
+COLUMNS += [pa.field("bytes", pa.int64()), pa.field("split", pa.string())]
+DOCUMENTS = pa.schema([pa.field("text", pa.string()), *COLUMNS])
+MESSAGE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+DIALOGUES = pa.schema([pa.field("messages", pa.list_(MESSAGE)), *COLUMNS])
+NAVIGATION = 40  # characters; a line of prose at least this long in many documents of a source is furniture
+CODE_SUFFIXES = {".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".sh", ".css", ".sql"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A document (`text`) or a dialogue (`messages`), or the reason why neither came of it."""
+
+    text: str = ""
+    messages: Dialogue | None = None
+    dropped: str = ""
+    language: str = ""
+
+
+Row = dict[str, Any]
+
+
+def clean(params: Clean, raw: Path, documents: Path, chat: Path, run: Run | None = None) -> dict[str, Any]:
+    """Write the folders `documents` and `chat` from `raw`. Returns the counts by source; raises `UserError`."""
+    sources = stage.read_json(raw / "manifest.json", made_by="fetch")["sources"]
+    rows: list[Row] = []
+    profile: dict[str, Any] = {}
+    with stage.progress("clean", sum(len(source["files"]) for source in sources)) as advance:
+        for source in sources:
+            found, dropped = _rows_of(source, raw / source["name"], params, advance)
+            raw_documents = len(found) + dropped.total()
+            profile[source["name"]] = {"use": source["use"], "raw_documents": raw_documents, "dropped": dropped}
+            rows += [piece for row in found for piece in _split_long(row, params.max_characters)]
+    rows = _without_duplicates(rows, profile)
+    for name, entry in profile.items():
+        kept = [row["bytes"] for row in rows if row["source"] == name]
+        entry |= {"kept": len(kept), "bytes": sum(kept), "dropped": dict(sorted(entry["dropped"].items()))}
+        stage.say(_summary(name, entry))
+    for row in rows:
+        row["split"] = split_of(row["sha256"], row["use"], params.heldout_percent)
+    _require_text(rows)
+    with stage.replacing(documents) as fresh_documents, stage.replacing(chat) as fresh_chat:
+        _write(fresh_documents / "documents.parquet", [row for row in rows if "text" in row], DOCUMENTS)
+        stage.write_json(fresh_documents / "profile.json", {"sources": profile})
+        _write(fresh_chat / "dialogues.parquet", [row for row in rows if "messages" in row], DIALOGUES)
+    return profile
+
+
+def _rows_of(source: dict[str, Any], folder: Path, params: Clean, advance: Any) -> tuple[list[Row], Counter[str]]:
+    """Every document of one source, in order of path; and how many were dropped by reason."""
+    work = partial(read, folder, source["format"], source["use"])
+    rows, dropped = [], Counter[str]()
+    for file, items in zip(source["files"], _side_by_side(work, source["files"], advance), strict=True):
+        part = 0
+        for item in items:
+            if item.dropped:
+                dropped[item.dropped] += 1
+                continue
+            part += 1
+            path = file["path"] if len(items) == 1 else f"{file['path']}#{part}"
+            rows.append(_row(item, source, path, item.language or file["language"]))
+    dropped["boilerplate"] += _drop_furniture(rows, params.min_characters)
+    short = [row for row in rows if "text" in row and len(row["text"]) < params.min_characters]
+    dropped["too_short"] += len(short)
+    kept = [row for row in rows if "messages" in row or len(row["text"]) >= params.min_characters]
+    return kept, +dropped
+
+
+def _side_by_side(work: Any, files: list[dict[str, str]], advance: Any) -> Iterator[list[Item]]:
+    """Convert files on all cores where there are enough of them, results in order."""
+    paths = [file["path"] for file in files]
+    if len(paths) < 100:
+        for path in paths:
+            yield work(path)
+            advance()
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for items in pool.map(work, paths, chunksize=16):
+            yield items
+            advance()
+
+
+def read(folder: Path, kind: str, use: str, path: str) -> list[Item]:
+    """The documents or dialogues of one file; a file that gives nothing gives its reason."""
+    file = folder / path
+    if file.suffix == ".parquet":
+        return _from_records(pq.read_table(file).to_pylist(), use)
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return [Item(dropped="binary")]
+    if "\0" in text:
+        return [Item(dropped="binary")]
+    if file.suffix == ".jsonl":
+        return _from_jsonl(text, use)
+    if kind == "dialogues" or use == "chat":
+        good, malformed = dialogues_in(text)
+        return [Item(messages=_normal_dialogue(turns)) for turns in good] + [Item(dropped="malformed")] * malformed
+    return [_document(_as_text(text, kind, file.suffix), "")]
+
+
+def _as_text(text: str, kind: str, suffix: str) -> str:
+    if kind == "rst" or (kind == "auto" and suffix == ".rst"):
+        return rst_to_text(text)
+    if kind == "po" or (kind == "auto" and suffix == ".po"):
+        return po_to_text(text)
+    return text
+
+
+def _from_jsonl(text: str, use: str) -> list[Item]:
+    items: list[Item] = []
+    for line in filter(str.strip, text.splitlines()):
+        try:
+            items += _from_records([json.loads(line)], use)
+        except json.JSONDecodeError:
+            items.append(Item(dropped="malformed"))
+    return items
+
+
+def _from_records(records: list[Any], use: str) -> list[Item]:
+    """Records with `text`, or with `messages` where dialogues are wanted; `language` may be given too."""
+    items = []
+    for record in records:
+        record = record if isinstance(record, dict) else {}
+        language = record.get("language") if isinstance(record.get("language"), str) else ""
+        if use == "chat":
+            turns = record.get("messages")
+            dialogue = as_dialogue(turns) if isinstance(turns, list) else None
+            items.append(
+                Item(messages=_normal_dialogue(dialogue), language=language) if dialogue else Item(dropped="malformed")
+            )
+        elif isinstance(record.get("text"), str):
+            items.append(_document(record["text"], language))
+        else:
+            items.append(Item(dropped="malformed"))
+    return items
+
+
+def _document(text: str, language: str) -> Item:
+    text = normal(text)
+    return Item(text=text, language=language) if text else Item(dropped="empty")
+
+
+def _normal_dialogue(dialogue: Dialogue) -> Dialogue:
+    return [turn | {"content": normal(turn["content"])} for turn in dialogue]
+
+
+def normal(text: str) -> str:
+    """Unicode NFC, newlines as \\n, no trailing blanks, at most two empty lines in a row, no control characters."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n").strip()
+
+
+def _row(item: Item, source: dict[str, Any], path: str, language: str) -> Row:
+    """A row without its split, which depends on all rows."""
+    body = {"messages": item.messages} if item.messages else {"text": item.text}
+    return body | {
+        "source": source["name"],
+        "path": path,
+        "language": language,
+        "licence": source["licence"],
+        "use": source["use"],
+    }
+
+
+def _drop_furniture(rows: list[Row], min_characters: int) -> int:
+    """Take out long lines of prose that many documents share; returns how many documents were nothing else.
+
+    Programs and translations repeat themselves by nature and are left alone.
+    """
+    prose = [
+        row for row in rows if "text" in row and not row["path"].endswith(".po") and _suffix(row) not in CODE_SUFFIXES
+    ]
+    count = Counter(
+        line for row in prose for line in {line.strip() for line in row["text"].split("\n")} if len(line) >= NAVIGATION
+    )
+    limit = max(10, len(prose) // 50)
+    furniture = {line for line, documents in count.items() if documents > limit}
+    gone = 0
+    for row in prose if furniture else ():
+        text = normal("\n".join(line for line in row["text"].split("\n") if line.strip() not in furniture))
+        if len(text) < min_characters <= len(row["text"]):
+            rows.remove(row)
+            gone += 1
+        row["text"] = text
+    return gone
+
+
+def _suffix(row: Row) -> str:
+    return Path(row["path"].split("#")[0]).suffix
+
+
+def _split_long(row: Row, max_characters: int) -> Iterator[Row]:
+    """Cut at paragraphs so that no part exceeds the limit (a longer paragraph is cut at a line, then anywhere)."""
+    text = row.get("text", "")
+    if len(text) <= max_characters:
+        yield row
+        return
+    part = 0
+    while text:
+        part += 1
+        end = (
+            len(text)
+            if len(text) <= max_characters
+            else next(
+                (
+                    at
+                    for mark in ("\n\n", "\n", " ")
+                    if (at := text.rfind(mark, max_characters // 2, max_characters)) > 0
+                ),
+                max_characters,
+            )
+        )
+        yield row | {"text": text[:end].strip(), "path": f"{row['path']}#{part}"}
+        text = text[end:].strip()
+
+
+def _without_duplicates(rows: list[Row], profile: dict[str, Any]) -> list[Row]:
+    """Rows with hash, size and split, sorted; of equal contents one stays: an eval source's copy before any other."""
+    kept: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (row["use"] != "eval", row["source"], row["path"])):
+        content = (row["text"] if "text" in row else json.dumps(row["messages"], ensure_ascii=False)).encode()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in kept:
+            reason = "copy_of_eval" if kept[digest]["use"] == "eval" != row["use"] else "exact_duplicate"
+            profile[row["source"]]["dropped"][reason] += 1
+            continue
+        kept[digest] = row | {"sha256": digest, "bytes": len(content)}
+    return sorted(kept.values(), key=lambda row: (row["source"], row["path"]))
+
+
+def split_of(sha256: str, use: str, heldout_percent: float) -> str:
+    """`train` or `heldout`: a function of the content's hash alone, so a document never changes sides."""
+    return "heldout" if use == "eval" or int(sha256[:8], 16) < heldout_percent / 100 * 2**32 else "train"
+
+
+def _require_text(rows: list[Row]) -> None:
+    for split in ("train", "heldout"):
+        if not any(row["split"] == split for row in rows if "text" in row):
+            raise UserError(
+                f"after cleaning, no document is left for the {split} split; add text in data/sources.yaml, or change "
+                f"`clean.heldout_percent` or `clean.min_characters` in params.yaml."
+            )
+
+
+def _summary(name: str, entry: dict[str, Any]) -> str:
+    reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in entry["dropped"].items())
+    kept = f"{entry['kept']:,} of {entry['raw_documents']:,} kept, {entry['bytes'] / 1e6:.1f} MB"
+    return f"clean      {name}: {kept}" + (f" (dropped: {reasons})" if reasons else "")
+
+
+def _write(path: Path, rows: list[Row], schema: pa.Schema) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+    pq.write_table(table, path, compression="zstd")
+
+
+if __name__ == "__main__":
+    stage.main("clean", lambda params, run: clean(params.clean, RAW, CLEAN, CHAT, run))
