@@ -10,7 +10,6 @@ Every document is stored as BOS, its tokens, EOS.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pipelines import stage
+from pipelines.corpus import documents
 from pipelines.params import Encode, UserError
 from pipelines.tracking import Run
 
@@ -29,9 +29,7 @@ CLEAN, TOKENS = Path("data/clean"), Path("data/tokens")
 SPECIAL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>")
 BOS, EOS, PAD, USER, ASSISTANT = range(len(SPECIAL))
 # Words with their marks and the character before them, numbers up to three digits, punctuation, line ends, blanks.
-PATTERN = (
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}<｜User｜>{{ message['content'] }}"
@@ -44,7 +42,7 @@ BATCH = 256  # documents encoded at a time
 
 def encode(params: Encode, clean: Path, tokens: Path, run: Run | None = None) -> dict[str, Any]:
     """Write the folder `tokens` from `clean`/documents.parquet. Returns sizes; raises `UserError`."""
-    table = _documents(clean)
+    table = documents(clean, ["text", "source", "path", "sha256", "bytes", "split"])
     train = table[table["split"] == "train"]
     tokenizer = train_tokenizer(params.vocab_size, train["text"])
     with stage.replacing(tokens) as fresh:
@@ -106,13 +104,6 @@ def _byte_characters() -> dict[int, str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
-
-
-def _documents(clean: Path) -> pd.DataFrame:
-    path = clean / "documents.parquet"
-    if not path.exists():
-        raise UserError(f"{path} is missing; `dvc repro clean` makes it.")
-    return pd.read_parquet(path, columns=["text", "source", "path", "sha256", "bytes", "split"])
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

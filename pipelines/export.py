@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from model.hf import load_pretrained, save_pretrained
 from model.transformer import MoETransformer
 from pipelines import stage
-from pipelines.encode import load_encoder
+from pipelines.corpus import documents
+from pipelines.encode import BOS, load_encoder
 from pipelines.params import Export, UserError
 from pipelines.tracking import Run
 
@@ -72,12 +72,12 @@ def compare(net: MoETransformer, folder: Path, samples: list[torch.Tensor]) -> t
 
 def _samples(tokenizer: Path, clean: Path) -> list[torch.Tensor]:
     """Token ids [1, n] of held-out documents, one language after the other so that several are covered."""
-    table = pd.read_parquet(clean / "documents.parquet", columns=["text", "language", "sha256", "split"])
+    table = documents(clean, ["text", "language", "sha256", "split"])
     heldout = table[table["split"] == "heldout"].sort_values("sha256")
     turn = heldout.groupby("language").cumcount()
     texts = heldout.assign(turn=turn).sort_values(["turn", "sha256"])["text"].head(TEXTS)
     encoder = load_encoder(tokenizer)
-    return [torch.tensor([[0, *encoder.encode_ordinary(text)[: TOKENS - 1]]]) for text in texts]
+    return [torch.tensor([[BOS, *encoder.encode_ordinary(text)[: TOKENS - 1]]]) for text in texts]
 
 
 if __name__ == "__main__":

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tiktoken
 
 from model.data import PackedDialogues
 from model.hf import load_pretrained, save_pretrained
 from model.lora import add_lora, merge_lora
 from pipelines import stage
-from pipelines.encode import load_encoder
+from pipelines.corpus import dialogues
+from pipelines.encode import ASSISTANT, BOS, EOS, USER, load_encoder
 from pipelines.params import Finetune, UserError
 from pipelines.tracking import Run
 from pipelines.training import finish, fit
 
 BASE, CHAT, TUNED = Path("data/models/base"), Path("data/chat"), Path("data/models/chat")
 CURVE = Path("reports/plots/finetune.csv")
-BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 
 
 def finetune(params: Finetune, base: Path, chat: Path, tuned: Path, curve: Path, run: Run) -> dict[str, Any]:
@@ -36,8 +35,8 @@ def finetune(params: Finetune, base: Path, chat: Path, tuned: Path, curve: Path,
         raise UserError(f"{base} is missing; `dvc repro pretrain` makes it.")
     net = load_pretrained(base)
     encoder = load_encoder(base)
-    dialogues = [mark_assistant(messages, encoder) for messages in training_dialogues(params, chat)]
-    rows = PackedDialogues(dialogues, params.sequence_length, params.seed)
+    marked = [mark_assistant(messages, encoder) for messages in training_dialogues(params, chat)]
+    rows = PackedDialogues(marked, params.sequence_length, params.seed)
     if params.method == "lora":
         add_lora(net, params.lora_rank, params.lora_alpha, params.seed)
     inputs = {"base": _digest(base / "model.safetensors"), "chat": _digest(chat / "dialogues.parquet")}
@@ -47,15 +46,15 @@ def finetune(params: Finetune, base: Path, chat: Path, tuned: Path, curve: Path,
         save_pretrained(net, fresh, tokenizer=base)
     finish("finetune", params, inputs)
     stage.say(
-        f"finetune   {len(dialogues):,} dialogues, {metrics['steps']} steps ({params.method}), "
+        f"finetune   {len(marked):,} dialogues, {metrics['steps']} steps ({params.method}), "
         f"loss {metrics['loss_first']:.2f} -> {metrics['loss_last']:.2f}"
     )
-    return metrics | {"dialogues": len(dialogues)}
+    return metrics | {"dialogues": len(marked)}
 
 
 def training_dialogues(params: Finetune, chat: Path) -> list[Iterable[Mapping[str, str]]]:
     """Messages of the train split in `params.languages`; raises `UserError` when there are none."""
-    table = pd.read_parquet(chat / "dialogues.parquet", columns=["messages", "language", "split"])
+    table = dialogues(chat, ["messages", "language", "split"])
     train = table[table["split"] == "train"]
     chosen = train[train["language"].isin(params.languages)]
     if chosen.empty:
@@ -68,12 +67,12 @@ def training_dialogues(params: Finetune, chat: Path) -> list[Iterable[Mapping[st
 
 def mark_assistant(messages: Iterable[Mapping[str, str]], encoder: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:
     """(token ids [n], True where the assistant wrote the token, its end token included [n])."""
-    ids, marks = [encoder.encode_single_token(BOS)], [False]
+    ids, marks = [BOS], [False]
     for message in messages:
         assistant = message["role"] == "assistant"
         body = encoder.encode_ordinary(message["content"])
-        body += [encoder.encode_single_token(EOS)] if assistant else []
-        ids += [encoder.encode_single_token(ASSISTANT if assistant else USER), *body]
+        body += [EOS] if assistant else []
+        ids += [ASSISTANT if assistant else USER, *body]
         marks += [False, *[assistant] * len(body)]
     return np.array(ids), np.array(marks)
 

@@ -115,7 +115,10 @@ class Evaluate(Section):
     sequence_length: int = Field(ge=8, description="context in tokens")
     max_bytes: int = Field(1_000_000, ge=1000, description="held-out bytes scored, taken in order of document hash")
     sample_tokens: int = Field(64, ge=1, description="length of each sample generation")
-    prompts: list[str] = Field(min_length=1, description="prompts of the sample generations")
+    temperature: float = Field(0.7, ge=0, description="of the samples; 0 is greedy")
+    top_p: float = Field(0.9, gt=0, le=1, description="the samples draw from the smallest set with this probability")
+    prompts: list[str] = Field(min_length=1, description="the base model continues these")
+    questions: list[str] = Field(min_length=1, description="the chat model answers these")
 
 
 class Export(Section):

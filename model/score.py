@@ -1,0 +1,70 @@
+"""How many nats a model needs for each token of a document, when every token has at least half a window of context.
+
+Shapes: n tokens of a document, S tokens a window, M layers with experts, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.transformer import MoETransformer
+
+LOGITS = 1 << 25  # numbers of logits that exist at the same time
+
+
+@torch.no_grad()
+def score(
+    net: MoETransformer,
+    documents: Sequence[np.ndarray],
+    sequence_length: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[np.ndarray], Tensor]:
+    """(nats of tokens 1 to n - 1 of each document [n - 1], tokens that each expert took [M, E]).
+
+    documents: token ids, the first of which is given and not scored. A document longer than the window is read in
+    windows that overlap by half; a token counts in the first window that holds it. advance(tokens) reports progress.
+    """
+    net.to(device).eval()
+    windows = [(d, start) for d, ids in enumerate(documents) for start in _starts(len(ids), sequence_length)]
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for d, start in windows:
+        by_length.setdefault(min(len(documents[d]) - start, sequence_length), []).append((d, start))
+    nats = [np.zeros(max(len(ids) - 1, 0)) for ids in documents]
+    load_ME = torch.zeros(0, dtype=torch.int64)
+    for length, group in sorted(by_length.items()):
+        rows = max(1, LOGITS // (length * net.config.vocab_size))
+        for part in (group[at : at + rows] for at in range(0, len(group), rows)):
+            ids_BS = torch.from_numpy(np.stack([documents[d][s : s + length] for d, s in part]).astype(np.int64))
+            losses_BS, load = _losses(net, ids_BS.to(device))
+            load_ME = load_ME + load if len(load_ME) else load
+            for (d, start), row in zip(part, losses_BS, strict=True):
+                new = 0 if start == 0 else sequence_length // 2 - 1
+                nats[d][start + new : start + length - 1] = row[new:]
+            advance(ids_BS.numel())
+    return nats, load_ME
+
+
+def window_tokens(documents: Sequence[np.ndarray], sequence_length: int) -> int:
+    """Tokens that `score` will read, overlaps counted twice."""
+    lengths = [len(ids) for ids in documents]
+    return sum(min(n - start, sequence_length) for n in lengths for start in _starts(n, sequence_length))
+
+
+def _starts(length: int, window: int) -> range:
+    """First tokens of the windows; a document of one token has nothing to score."""
+    if length < 2:
+        return range(0)
+    step = max(window // 2, 1)
+    return range(0, max(length - window, 0) + step, step) if length > window else range(1)
+
+
+def _losses(net: MoETransformer, ids_BS: Tensor) -> tuple[np.ndarray, Tensor]:
+    out = net(ids_BS)
+    losses = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids_BS), -1).double().cpu().numpy(), out.expert_load.cpu()
