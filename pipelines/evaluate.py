@@ -63,10 +63,7 @@ def evaluate(
         "baselines": {name: baselines[name] for name in ("xz", "five_gram")},
         "by_source": _by(table, "source"),
         "by_language": _by(table, "language"),
-        "expert_load": {
-            f"layer_{n}": (row / row.sum()).tolist() for n, row in enumerate(load_ME.double(), _first_moe(net))
-        },
-        "max_load_over_mean": float((load_ME.max(1).values / load_ME.double().mean(1)).max()) if len(load_ME) else 0.0,
+        **expert_load(load_ME, net.config.first_k_dense_replace),
         "samples": samples(net, encoder, params, variant),
     }
     metrics |= assistant_perplexity(net, encoder, chat, languages, params.sequence_length)
