@@ -14,8 +14,9 @@ from typing import Any
 from pipelines import stage
 from pipelines.archives import take
 from pipelines.params import Fetch, UserError
+from pipelines.repository import root
 from pipelines.sources import PathSource, PypiSource, Source, UrlSource, load_sources
-from pipelines.tracking import Run, root
+from pipelines.tracking import Run
 
 SOURCES, RAW, OWN = Path("data/sources.yaml"), Path("data/raw"), Path("data/own")
 

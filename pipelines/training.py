@@ -17,8 +17,9 @@ from model.data import Rows
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
 from pipelines.params import Training, UserError
+from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
-from pipelines.tracking import Run, root
+from pipelines.tracking import Run
 
 CODE = ("model", "kernels/moe_kernels")
 
@@ -45,7 +46,7 @@ def fit(
     with progress(stage, config.steps) as advance:
 
         def report(step: int, record: Record) -> None:
-            run.log(record, step)
+            run.log({f"train/{name}": value for name, value in record.items()}, step)
             advance(1, _live(net.config, config, record, device))
 
         try:

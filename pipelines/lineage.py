@@ -1,0 +1,90 @@
+"""Where a model comes from: git, dvc.lock, run ids, seeds, package versions, device, sources and their licences.
+
+`facts` collects; `link` writes onto every MLflow run what is known only after its stage: the commit and the hashes of
+its outputs (DVC writes dvc.lock when a stage has ended).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moe_kernels import device as devices
+
+from pipelines import repository, stage, tracking
+from pipelines.params import load_params
+
+PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "mlflow", "dvc", "great-expectations", "numpy", "pandas")
+RAW = Path("data/raw")
+
+
+def facts(reports: Path) -> dict[str, Any]:
+    """Everything that names this pipeline's state; JSON-able, equal for equal states."""
+    params = load_params()
+    return {
+        "git": {"commit": repository.commit(), "uncommitted": repository.uncommitted_sources()},
+        "dvc": repository.output_hashes(),
+        "runs": run_ids(reports),
+        "seeds": {"pretrain": params.pretrain.seed, "finetune": params.finetune.seed},
+        "packages": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": devices.name(devices.default()),
+        "sources": sources(RAW),
+    }
+
+
+def sources(raw: Path) -> list[dict[str, Any]]:
+    """Name, version, hash, licence and size of every source of text."""
+    keys = ("name", "kind", "version", "sha256", "licence", "language", "use", "bytes")
+    entries = stage.read_json(raw / "manifest.json", made_by="fetch")["sources"]
+    return [{key: entry[key] for key in keys} | {"files": len(entry["files"])} for entry in entries]
+
+
+def run_ids(reports: Path) -> dict[str, str]:
+    """MLflow run id of every stage, from the files that git keeps."""
+    files = sorted((reports / "runs").glob("*.json"))
+    return {file.stem: stage.read_json(file, made_by=file.stem)["run_id"] for file in files}
+
+
+def link(reports: Path) -> dict[str, int]:
+    """Deliver what is pending, end dead runs, tag every run with commit, output hashes and dvc.lock's hash."""
+    client = tracking.connect()
+    renamed = tracking.sync_pending(client)
+    for file in sorted((reports / "runs").glob("*.json")):
+        content = stage.read_json(file, made_by=file.stem)
+        if content["run_id"] in renamed:
+            run_id = renamed[content["run_id"]]
+            stage.write_json(file, {"experiment_id": client.get_run(run_id).info.experiment_id, "run_id": run_id})
+    linked = sum(_link_one(client, label, run_id) for label, run_id in run_ids(reports).items())
+    return {"linked": linked, "delivered": len(renamed), "reaped": tracking.reap(client)}
+
+
+def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:
+    """False when this server does not know the run (it was made with another one)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_run(run_id).data.tags
+    except MlflowException:
+        return False
+    wanted = _tags(label)
+    if tags.get("git.commit", wanted["git.commit"]) != wanted["git.commit"]:
+        wanted = {"dvc.restored_into": wanted["git.commit"]}
+    for key, value in wanted.items():
+        if tags.get(key) != value:
+            client.set_tag(run_id, key, value)
+    return True
+
+
+def _tags(label: str) -> dict[str, str]:
+    """What the lock file says of the stage `label` (`evaluate-base` there is `evaluate@base`)."""
+    lock = repository.root() / "dvc.lock"
+    entry = repository.stages().get(label) or repository.stages().get(label.replace("-", "@", 1)) or {}
+    tags = {f"dvc.out.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
+    if lock.exists():
+        tags["dvc.lock.sha256"] = hashlib.sha256(lock.read_bytes()).hexdigest()
+    dirty = bool(repository.uncommitted())
+    return tags | {"git.commit": repository.commit() + ("+uncommitted" if dirty else "")}

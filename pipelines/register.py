@@ -1,0 +1,273 @@
+"""The registry: a model version that points at the exported folder, and the aliases that say which one is live.
+
+    python -m pipelines.register        data/models/release -> a version in MLflow, alias challenger
+
+The bytes stay where they are (DVC versions them); the registry keeps digests. `promote` moves `champion` only when
+every gate holds and leaves a release record in reports/releases; `rollback` takes the last move back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipelines import lineage, repository, stage, tracking
+from pipelines.params import Register, UserError, load_params
+
+RELEASE, REPORTS = Path("data/models/release"), Path("reports")
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition of a promotion, and what was found, as a sentence."""
+
+    name: str
+    passed: bool
+    what: str
+
+
+def register(params: Register, release: Path, reports: Path) -> ModelVersion:
+    """The version whose digest is that of the folder `release`, made when there is none yet; alias `challenger`.
+
+    Raises `UserError` inside a DVC experiment: a sweep must not fill the registry.
+    """
+    if os.environ.get("DVC_EXP_NAME"):
+        raise UserError("experiments register nothing; apply the best one (`dvc exp apply`), commit, then register.")
+    client = tracking.connect()
+    digests = file_digests(release)
+    digest = folder_digest(digests)
+    try:
+        client.create_registered_model(params.name, description="The review page of a version says why it exists.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
+    version = known[0] if known else _create(client, params, release, reports, digests)
+    if version.version != number(client, params.name, CHAMPION):
+        client.set_registered_model_alias(params.name, CHALLENGER, version.version)
+    return version
+
+
+def gates(params: Register, reports: Path, champion_bits: float | None) -> list[Gate]:
+    """The conditions that the reports decide. champion_bits: bits per byte of the live model, None without one."""
+    contracts = stage.read_json(reports / "contracts.json", made_by="contracts")
+    export = stage.read_json(reports / "export.json", made_by="export")
+    bits = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")["bits_per_byte"]
+    held = sum(expectation["success"] for expectation in contracts["expectations"])
+    limit = math.inf if champion_bits is None else champion_bits + params.margin_bits_per_byte
+    against = (
+        "there is no champion to compare with"
+        if champion_bits is None
+        else f"the champion has {champion_bits:.3f}, the margin is {params.margin_bits_per_byte:g}"
+    )
+    return [
+        Gate("data contracts", contracts["success"], f"{held} of {len(contracts['expectations'])} expectations hold"),
+        Gate(
+            "export parity",
+            export["passed"] and export["max_logit_difference"] <= export["limit"],
+            f"logits differ from transformers' by {export['max_logit_difference']:.1e}, limit {export['limit']:.0e}",
+        ),
+        Gate("not worse than the champion", bits <= limit, f"{bits:.3f} bits per byte held out; {against}"),
+    ]
+
+
+def promote(params: Register, release: Path, reports: Path, version: str | None = None) -> dict[str, Any]:
+    """Make a version (the challenger, when none is named) the champion; returns the release record.
+
+    Raises `UserError` that names every gate which does not hold; nothing is moved then.
+    """
+    client = tracking.connect()
+    chosen = _chosen(client, params.name, version)
+    live = _version(client, params.name, CHAMPION)
+    if live and live.version == chosen.version:
+        return {"version": int(chosen.version), "unchanged": True}
+    found = [*gates(params, reports, bits_of(live)), *_promotion_gates(chosen, release)]
+    if failed := [gate for gate in found if not gate.passed]:
+        reasons = "; ".join(f"{gate.name} ({gate.what})" for gate in failed)
+        raise UserError(f"version {chosen.version} of {params.name} was not promoted: {reasons}.")
+    _move(client, params.name, chosen.version, live.version if live else None)
+    return _record(reports, params.name, chosen, "promote", live, found)
+
+
+def rollback(params: Register, reports: Path) -> dict[str, Any]:
+    """Make the previous champion the champion again; the two change places. Returns the release record."""
+    client = tracking.connect()
+    previous, live = (_version(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
+    if previous is None:
+        raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
+    _move(client, params.name, previous.version, live.version if live else None)
+    return _record(reports, params.name, previous, "rollback", live, [])
+
+
+def status(params: Register) -> dict[str, dict[str, Any]]:
+    """Version and bits per byte behind each alias that is set."""
+    client = tracking.connect()
+    found = {alias: _version(client, params.name, alias) for alias in (CHAMPION, CHALLENGER, PREVIOUS)}
+    return {alias: {"version": int(v.version), "bits_per_byte": bits_of(v)} for alias, v in found.items() if v}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file, by name; raises `UserError` when the folder is not there."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is missing; `dvc repro` makes it, `dvc pull` fetches it.")
+    digests = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as opened:
+            digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def folder_digest(digests: dict[str, str]) -> str:
+    """One digest for all of them: of the lines that `sha256sum` would print, sorted by name."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """All versions of the model, newest first."""
+    found = client.search_model_versions(f"name = '{name}'")
+    return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def number(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The version behind an alias."""
+    found = _version(client, name, alias)
+    return found.version if found else None
+
+
+def bits_of(version: ModelVersion | None) -> float | None:
+    """Held-out bits per byte that the version was registered with."""
+    return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
+
+
+def _version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _chosen(client: MlflowClient, name: str, version: str | None) -> ModelVersion:
+    if version is None:
+        found = _version(client, name, CHALLENGER) or _version(client, name, CHAMPION)
+    else:
+        found = next((known for known in versions(client, name) if known.version == version), None)
+    if found is None:
+        what = f"no version {version}" if version else "no challenger and no champion"
+        raise UserError(f"{name} has {what}; `shovel register` makes a version.")
+    return found
+
+
+def _create(
+    client: MlflowClient, params: Register, release: Path, reports: Path, digests: dict[str, str]
+) -> ModelVersion:
+    chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
+    runs = lineage.run_ids(reports)
+    digest = folder_digest(digests)
+    tags = {
+        "digest": digest,
+        "git.commit": repository.commit(),
+        "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
+        "bits_per_byte": repr(chat["bits_per_byte"]),
+        **{f"digest.{name}": value for name, value in digests.items()},
+        **{f"run.{label}": run_id for label, run_id in runs.items()},
+    }
+    hashes = repository.output_hashes()
+    if md5 := hashes.get(release.as_posix()):
+        tags["dvc.md5"] = md5
+    return client.create_model_version(
+        params.name,
+        source=_source(release, digest),
+        run_id=_known_run(client, runs.get("export")),
+        tags=tags,
+        description=_description(chat, digest),
+    )
+
+
+def _source(release: Path, digest: str) -> str:
+    """Where the bytes are: this disk for a local registry; a server refuses file paths and gets DVC's path and digest."""
+    return release.resolve().as_uri() if tracking.is_local() else f"dvc://{release.as_posix()}?sha256={digest}"
+
+
+def _known_run(client: MlflowClient, run_id: str | None) -> str | None:
+    try:
+        return client.get_run(run_id).info.run_id if run_id else None
+    except MlflowException:
+        return None
+
+
+def _description(chat: dict[str, Any], digest: str) -> str:
+    beside = chat["baselines"]
+    return (
+        f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
+        f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. Digest {digest[:12]}. The review page, review.html, "
+        f"is an artifact of the run `review`."
+    )
+
+
+def _promotion_gates(chosen: ModelVersion, release: Path) -> list[Gate]:
+    """What can change after the reports were written: the working tree and the folder."""
+    loose = repository.uncommitted_sources()
+    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
+    same = folder_digest(file_digests(release)) == chosen.tags.get("digest")
+    return [
+        Gate("everything committed but dvc.lock and reports/", not loose, state),
+        Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
+    ]
+
+
+def _move(client: MlflowClient, name: str, champion: str, previous: str | None) -> None:
+    client.set_registered_model_alias(name, CHAMPION, champion)
+    if previous:
+        client.set_registered_model_alias(name, PREVIOUS, previous)
+    if number(client, name, CHALLENGER) == champion:
+        client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def _record(
+    reports: Path,
+    name: str,
+    version: ModelVersion,
+    action: str,
+    before: ModelVersion | None,
+    found: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Write and return the release record; an existing one is never overwritten."""
+    now = datetime.now(UTC)
+    record = {
+        "action": action,
+        "model": name,
+        "version": int(version.version),
+        "replaces": int(before.version) if before else None,
+        "at": now.isoformat(timespec="seconds"),
+        "by": f"{repository.git('config', 'user.name')} <{repository.git('config', 'user.email')}>",
+        "digests": {
+            key.removeprefix("digest."): value for key, value in version.tags.items() if key.startswith("digest.")
+        },
+        "digest": version.tags.get("digest"),
+        "bits_per_byte": bits_of(version),
+        "gates": [asdict(gate) for gate in found],
+        "lineage": lineage.facts(reports),
+    }
+    stem = f"{name}-v{version.version}-{now:%Y-%m-%d}"
+    taken = len(list((reports / "releases").glob(f"{stem}*.json")))
+    stage.write_json(reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json", record)
+    return record
+
+
+if __name__ == "__main__":
+    with stage.exits("register"):
+        made = register(load_params().register_, RELEASE, REPORTS)
+        stage.say(f"register   {made.name} version {made.version}")

@@ -1,0 +1,343 @@
+"""The only file that talks to MLflow: runs of stages, their parent run, artifacts, and the way to the UI.
+
+By default runs live in .mlflow/mlflow.db at the repository's root; MLFLOW_TRACKING_URI names any server instead.
+A tracking server that is down does not stop a training: what it should have heard is kept in .mlflow/pending, and
+`shovel link` delivers it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from filelock import FileLock
+from pydantic import BaseModel
+
+from pipelines import repository
+from pipelines.params import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+EXPERIMENT = "shovel"
+PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
+BATCH, FLUSH_S = 500, 5.0
+NOTE = """**One run a pipeline, its stages nested below it.** Open a `pretrain` run for loss curves (*Model metrics*), a
+`review` run for the page on which to decide (*Artifacts*, review.html). Models: the *Models* tab; `champion` is live,
+`challenger` waits for `shovel promote`."""
+
+for name, value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def home() -> Path:
+    """Where tracking keeps its files."""
+    return repository.root() / ".mlflow"
+
+
+def uri() -> str:
+    """MLFLOW_TRACKING_URI, or the repository's own sqlite database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def is_local() -> bool:
+    """Whether runs go to a database on this disk and not to a server."""
+    return not uri().startswith("http")
+
+
+def connect() -> MlflowClient:
+    """A client whose database exists: the first use of an empty one happens behind a lock, one process at a time."""
+    from mlflow import MlflowClient  # two seconds of import
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    home().mkdir(parents=True, exist_ok=True)
+    with FileLock(home() / "lock"):
+        client = MlflowClient(tracking_uri=uri(), registry_uri=uri())
+        client.search_experiments(max_results=1)
+    return client
+
+
+def experiment_id(client: MlflowClient) -> str:
+    """The experiment of this project, made on first use."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        place = (home() / "artifacts").as_uri() if is_local() else None
+        with suppress(MlflowException):  # somebody else was faster
+            client.create_experiment(EXPERIMENT, artifact_location=place, tags={"mlflow.note.content": NOTE})
+        found = client.get_experiment_by_name(EXPERIMENT)
+    return found.experiment_id
+
+
+class Run:
+    """The MLflow run of one stage. Everything sent is buffered; nothing that is sent can stop a training."""
+
+    def __init__(self, run_id: str, experiment_id: str, client: MlflowClient | None) -> None:
+        self.run_id, self.experiment_id, self._client = run_id, experiment_id, client
+        self._buffer: list[tuple[str, float, int, int]] = []
+        self._flushed = time.monotonic()
+        self._logged: dict[str, int] = {}
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Metrics of a step; a point that a resumed run has already is left out."""
+        now = int(time.time() * 1000)
+        fresh = {key: value for key, value in metrics.items() if step > self._logged.get(key, -1)}
+        self._buffer += [(key, float(value), now, step) for key, value in fresh.items()]
+        if len(self._buffer) >= BATCH or time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is buffered."""
+        while self._buffer:
+            self._send({"metrics": self._buffer[:BATCH]})
+            self._buffer = self._buffer[BATCH:]
+        self._flushed = time.monotonic()
+
+    def tag(self, **tags: Any) -> None:
+        """Tags of the run."""
+        self._send({"tags": {key: str(value)[:5000] for key, value in tags.items()}})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A copy of a small file; weights do not belong here."""
+        self._send({"artifact": str(path.resolve()), "folder": folder})
+
+    def resume(self, key: str) -> None:
+        """Continue the run of a killed process that trained the same thing, instead of this new one."""
+        earlier = self._earlier(key) if self._client else None
+        if earlier is None or self._client is None:
+            return
+        self._client.delete_run(self.run_id)
+        tags = self._client.get_run(self.run_id).data.tags
+        self.run_id = earlier.info.run_id
+        for name in earlier.data.metrics:
+            self._logged[name] = max(m.step for m in self._client.get_metric_history(self.run_id, name))
+        self._send({"status": "RUNNING"})
+        self._send({"tags": {name: tags[name] for name in (PARENT, *_process_tags()) if name in tags}})
+
+    def end(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED."""
+        self.flush()
+        self._send({"status": status})
+
+    def _earlier(self, key: str) -> MlflowRun | None:
+        query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
+        runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
+        return next((run for run in runs if run.info.status != "FINISHED" and not _is_alive(run.data.tags)), None)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
+        if self._client:
+            try:
+                _deliver(self._client, self.run_id, message)
+                return
+            except Exception as error:  # noqa: BLE001  whatever is wrong with tracking, the training goes on
+                _warn(error)
+                self._client = None
+        with _pending(self.run_id).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(message) + "\n")
+
+
+@contextmanager
+def stage_run(label: str, section: BaseModel | None) -> Iterator[Run]:
+    """The run of a stage, below the run of its pipeline; it ends FINISHED, FAILED or KILLED."""
+    run = _start(label, section)
+    try:
+        yield run
+    except KeyboardInterrupt:
+        run.end("KILLED")
+        raise
+    except BaseException as error:
+        run.tag(error=f"{type(error).__name__}: {error}")
+        run.end("FAILED")
+        raise
+    run.end("FINISHED")
+
+
+def _start(label: str, section: BaseModel | None) -> Run:
+    tags = _tags(label, section)
+    params = _flat_params(section)
+    try:
+        client = connect()
+        reap(client)
+        experiment = experiment_id(client)
+        parent = _parent(client, experiment)
+        tags |= {PARENT: parent} if parent else {}
+        run = Run(client.create_run(experiment, tags=tags, run_name=label).info.run_id, experiment, client)
+    except Exception as error:  # noqa: BLE001  a server that is down must not stop the pipeline
+        _warn(error)
+        run = Run(f"pending-{uuid.uuid4().hex}", "", None)
+        run._send({"create": label, "tags": tags, "start": int(time.time() * 1000)})
+    run._send({"params": params})
+    return run
+
+
+def _parent(client: MlflowClient, experiment: str) -> str | None:
+    """The run of the `dvc repro` that started this process, made by its first stage."""
+    dvc = _dvc_process()
+    if dvc is None:
+        return None
+    identity = _identity(dvc)
+    with FileLock(home() / "parent.lock"):
+        found = client.search_runs([experiment], f"tags.pipeline = '{identity}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit()}
+        name = os.environ.get("DVC_EXP_NAME") or f"pipeline {repository.commit()[:7]}".strip()
+        return client.create_run(experiment, tags=tags, run_name=name).info.run_id
+
+
+def _dvc_process() -> psutil.Process | None:
+    """The nearest ancestor that is a `dvc` command."""
+    for process in psutil.Process().parents():
+        with suppress(psutil.Error):
+            words = [Path(word).name for word in process.cmdline()[:3]]
+            if "dvc" in words:
+                return process
+    return None
+
+
+def _identity(process: psutil.Process) -> str:
+    """host:pid:start, which no other process ever has."""
+    return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
+
+
+def _is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process that a run names still runs; one on another host counts as alive."""
+    host, pid, started = (tags.get("process") or "?:0:0").rsplit(":", 2)
+    if host != platform.node():
+        return host != "?"
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
+    except psutil.Error:
+        return False
+
+
+def reap(client: MlflowClient) -> int:
+    """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
+    dead = [run for run in running if not _is_alive(run.data.tags)]
+    for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
+        status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
+        client.set_terminated(run.info.run_id, status)
+    return len(dead)
+
+
+def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
+    query = f"tags.`{PARENT}` = '{pipeline.info.run_id}'"
+    stages = {run.info.status for run in client.search_runs([pipeline.info.experiment_id], query)}
+    return next((status for status in ("KILLED", "FAILED") if status in stages), "FINISHED")
+
+
+def _process_tags() -> dict[str, str]:
+    return {"process": _identity(psutil.Process())}
+
+
+def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
+    """Everything that says where a run comes from."""
+    stage = os.environ.get("DVC_STAGE", "")
+    text = section.model_dump_json() if section else "{}"
+    tags = _process_tags() | {
+        "stage": label,
+        "git.baseline": repository.commit(),
+        "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
+        "params.sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "host": platform.node(),
+        "mlflow.source.name": f"pipelines/{label.split('-')[0]}.py",
+    }
+    tags |= {f"dvc.dep.{path}": md5 for path, md5 in repository.dependency_hashes(stage).items()}
+    named = {"dvc.stage": stage, "dvc.exp_name": os.environ.get("DVC_EXP_NAME", "")}
+    return tags | {key: value for key, value in named.items() if value}
+
+
+def _flat_params(section: BaseModel | None) -> dict[str, str]:
+    """Parameters as MLflow takes them: at most 100, text of at most 6,000 characters."""
+    content = section.model_dump() if section else {}
+    nested = {key: value for key, value in content.items() if isinstance(value, dict)}
+    for key, value in nested.items():
+        del content[key]
+        content |= {f"{key}.{inner}": element for inner, element in value.items()}
+    return {key: str(value)[:6000] for key, value in list(content.items())[:100]}
+
+
+def _deliver(client: MlflowClient, run_id: str, message: dict[str, Any]) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    match message:
+        case {"metrics": points}:
+            client.log_batch(run_id, metrics=[Metric(*point) for point in points])
+        case {"params": params}:
+            client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+        case {"tags": tags}:
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        case {"artifact": path, "folder": folder}:
+            client.log_artifact(run_id, path, folder or None)
+        case {"status": "RUNNING"}:
+            client.update_run(run_id, status="RUNNING")
+        case {"status": status}:
+            client.set_terminated(run_id, status)
+
+
+def _pending(run_id: str) -> Path:
+    folder = home() / "pending"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{run_id}.jsonl"
+
+
+def sync_pending(client: MlflowClient) -> dict[str, str]:
+    """Deliver what servers have missed; returns {provisional run id: real one} of runs that had to be made."""
+    made = {}
+    for file in sorted((home() / "pending").glob("*.jsonl")):
+        messages = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        run_id = file.stem
+        if "create" in messages[0]:
+            first = messages.pop(0)
+            arguments = {"run_name": first["create"], "tags": first["tags"], "start_time": first["start"]}
+            made[run_id] = client.create_run(experiment_id(client), **arguments).info.run_id
+        for message in messages:
+            _deliver(client, made.get(run_id, run_id), message)
+        file.unlink()
+    return made
+
+
+def _warn(error: Exception) -> None:
+    where = "the local tracking database" if is_local() else uri()
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    print(
+        f"tracking   {where} does not answer ({reason}); this run is kept in {home() / 'pending'}, "
+        f"`shovel link` delivers it later",
+        file=sys.stderr,
+    )
+
+
+def ui_address(port: int) -> str:
+    """The training view of a server on this machine."""
+    client = connect()
+    return f"http://127.0.0.1:{port}/#/experiments/{experiment_id(client)}/runs?workflowType=machine_learning"
+
+
+def ui_command(port: int) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of the MLflow server for this repository's database: this machine only, one worker."""
+    if not is_local():
+        raise UserError(f"MLFLOW_TRACKING_URI is {uri()}; open that address, there is nothing to start here.")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri(), "--artifacts-destination", str(home() / "artifacts")]
+    return command, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
