@@ -41,14 +41,14 @@ class Clean(Section):
 
 
 class Contracts(Section):
-    max_duplicate_rate: float = Field(0.02, ge=0, le=1, description="share of raw documents that were exact duplicates")
+    max_duplicate_rate: float = Field(0.2, ge=0, le=1, description="share of a source's raw documents that were copies")
     max_control_character_rate: float = Field(1e-4, ge=0, le=1, description="control characters per character")
-    max_secret_rate: float = Field(
-        0.05, ge=0, le=1, description="documents with an e-mail address or a key-like string"
-    )
-    max_overlap_rate: float = Field(0.05, ge=0, le=1, description="held-out documents sharing too many 13-token runs")
+    max_secret_rate: float = Field(0.1, ge=0, le=1, description="documents with an e-mail address or a key-like string")
+    max_overlap_rate: float = Field(0.08, ge=0, le=1, description="held-out documents whose text training knows")
     max_drift: float = Field(0.25, gt=0, description="largest accepted change of a profile figure, as a fraction")
-    min_documents: int = Field(50, ge=1, description="fewer training documents than this are no corpus")
+    min_documents: int = Field(50, ge=1, description="fewer documents than this are no corpus")
+    min_median_characters: int = Field(100, ge=1, description="shortest ordinary median length of a document")
+    max_median_characters: int = Field(50_000, ge=1, description="longest ordinary median length of a document")
 
 
 class Encode(Section):

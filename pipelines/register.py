@@ -197,7 +197,7 @@ def _create(
 
 
 def _source(release: Path, digest: str) -> str:
-    """Where the bytes are: this disk for a local registry; a server refuses file paths and gets DVC's path and digest."""
+    """Where the bytes are: this disk for a local registry; a server refuses file paths and gets path and digest."""
     return release.resolve().as_uri() if tracking.is_local() else f"dvc://{release.as_posix()}?sha256={digest}"
 
 
@@ -212,7 +212,8 @@ def _description(chat: dict[str, Any], digest: str) -> str:
     beside = chat["baselines"]
     return (
         f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
-        f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. Digest {digest[:12]}. The review page, review.html, "
+        f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. "
+        f"Digest {digest[:12]}. The review page, review.html, "
         f"is an artifact of the run `review`."
     )
 

@@ -1,0 +1,380 @@
+"""Data contracts: what must hold of the cleaned data before anything is trained on it.
+
+    python -m pipelines.contracts       data/clean, data/chat, reports/profile.json -> reports/contracts.json, .html
+
+Great Expectations checks the tables, the figures of each source and the drift since the last accepted profile, which
+`shovel accept` writes and git keeps. The page is one file that needs no network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+from pipelines import pages, stage
+from pipelines.clean import DIALOGUES, DOCUMENTS
+from pipelines.corpus import dialogues, documents
+from pipelines.params import Contracts, UserError
+from pipelines.tracking import Run
+
+if TYPE_CHECKING:
+    from great_expectations.expectations import Expectation
+
+CLEAN, CHAT, REPORTS = Path("data/clean"), Path("data/chat"), Path("reports")
+ACCEPTED, PAGE, FAILED = REPORTS / "profile.json", REPORTS / "contracts.html", REPORTS / "contracts-failed.html"
+LANGUAGE = r"^(code|[a-z]{2,3}([_-][A-Z][a-z]{3})?([_-]([A-Z]{2}|\d{3}))?(@[a-z]+)?)$"
+SECRET = re.compile(
+    r"[\w.+-]+@[\w-]+\.[a-z]{2,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:sk|ghp|gho|xox[bp])[-_]\w{20,}"
+)
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+RUN = 13  # words; a held-out document that shares most of its runs of so many words with training text is contaminated
+CONTAMINATED = 0.8  # of a document's runs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One expectation and what was found."""
+
+    suite: str
+    expectation: str
+    what: str
+    observed: str
+    limit: str
+    success: bool
+
+
+Check = tuple["Expectation", str, str]  # expectation, what it means, its limit in words
+
+
+def contracts(
+    params: Contracts, clean: Path, chat: Path, accepted: Path, page: Path, failed: Path, run: Run | None = None
+) -> dict[str, Any]:
+    """Check everything; writes `page`, or on failure `failed` and raises `UserError` with the first broken contract."""
+    with stage.progress("contracts", 4) as advance:
+        table, talk = documents(clean, DOCUMENTS.names), dialogues(chat, DIALOGUES.names)
+        profile = stage.read_json(clean / "profile.json", made_by="clean")
+        figures = by_source(table, profile)
+        advance()
+        drift = drift_table(figures, accepted)
+        suites = {
+            "documents": (table, list(document_checks(params, table))),
+            "dialogues": (talk, list(dialogue_checks(talk)) if len(talk) else []),
+            "sources": (figures, list(source_checks(params, figures))),
+            "drift": (drift, list(drift_checks(params, drift, accepted))),
+        }
+        advance()
+        findings = _validate(suites)
+        advance(2)
+    result = {"success": all(f.success for f in findings), "expectations": [asdict(f) for f in findings]}
+    target = page if result["success"] else failed
+    pages.write(
+        target, "contracts.html.j2", result=result, figures=figures.to_dict("records"), drift=drift.to_dict("records")
+    )
+    if not result["success"]:
+        raise UserError(_sentence([f for f in findings if not f.success], failed))
+    failed.unlink(missing_ok=True)
+    stage.say(f"contracts  all {len(findings)} expectations hold")
+    return result
+
+
+def accept(clean: Path, accepted: Path) -> dict[str, Any]:
+    """Make the present figures the ones that later data is compared with; git keeps the file."""
+    table = documents(clean, DOCUMENTS.names)
+    figures = by_source(table, stage.read_json(clean / "profile.json", made_by="clean"))
+    content = {
+        row["source"]: {name: row[name] for name in DRIFTING} for row in figures.to_dict("records") if row["kept"]
+    }
+    stage.write_json(accepted, content)
+    return content
+
+
+def by_source(table: pd.DataFrame, profile: dict[str, Any]) -> pd.DataFrame:
+    """One row a source: counts, rates and lengths that contracts and drift are about."""
+    training_runs = _all_runs(table["text"][table["split"] == "train"])
+    rows = []
+    for name, entry in profile["sources"].items():
+        mine = table[table["source"] == name]
+        held = mine["text"][mine["split"] == "heldout"]
+        dropped = entry["dropped"]
+        raw, kept = max(entry["raw_documents"], 1), max(entry["kept"], 1)
+        rows.append(
+            {
+                "source": name,
+                "use": entry["use"],
+                "raw_documents": entry["raw_documents"],
+                "kept": entry["kept"],
+                "megabytes": entry["bytes"] / 1e6,
+                "bytes_per_document": entry["bytes"] / kept,
+                "languages": int(mine["language"].nunique()),
+                "kept_rate": entry["kept"] / raw,
+                "duplicate_rate": (dropped.get("exact_duplicate", 0) + dropped.get("copy_of_eval", 0)) / raw,
+                "copies_of_eval": dropped.get("copy_of_eval", 0),
+                "secret_rate": float(mine["text"].str.contains(SECRET).mean()) if len(mine) else 0.0,
+                "heldout": len(held),
+                "contaminated": sum(overlap(text, training_runs) > CONTAMINATED for text in held),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+DRIFTING = ("kept", "bytes_per_document", "languages", "kept_rate")
+
+
+def drift_table(figures: pd.DataFrame, accepted: Path) -> pd.DataFrame:
+    """One row a figure of a source that the accepted profile knows: before, now, relative change."""
+    before = stage.read_json(accepted, made_by="contracts") if accepted.exists() else {}
+    rows = [
+        {
+            "source": row["source"],
+            "figure": figure,
+            "accepted": old,
+            "now": row[figure],
+            "change": _change(old, row[figure]),
+        }
+        for row in figures.to_dict("records")
+        for figure, old in before.get(row["source"], {}).items()
+    ]
+    return pd.DataFrame(rows, columns=["source", "figure", "accepted", "now", "change"])
+
+
+def _change(old: float, new: float) -> float:
+    return abs(new - old) / abs(old) if old else float(new != old)
+
+
+def document_checks(params: Contracts, table: pd.DataFrame) -> Iterator[Check]:
+    """Of data/clean/documents.parquet."""
+    import great_expectations.expectations as gxe
+
+    table["control_rate"] = table["text"].str.count(CONTROL) / table["text"].str.len().clip(lower=1)
+    table["characters"] = table["text"].str.len()
+    yield from _table_checks(table)
+    yield gxe.ExpectColumnValuesToBeUnique(column="sha256"), "no document appears twice", "unique"
+    yield (
+        gxe.ExpectColumnValuesToBeInSet(column="split", value_set=["train", "heldout"]),
+        "every document is for training or held out",
+        "train, heldout",
+    )
+    yield (
+        gxe.ExpectTableRowCountToBeBetween(min_value=params.min_documents),
+        "there are enough documents",
+        f"at least {params.min_documents}",
+    )
+    yield (
+        gxe.ExpectColumnMinToBeBetween(column="characters", min_value=1),
+        "no document is empty (characters of the shortest)",
+        "at least 1",
+    )
+    yield (
+        gxe.ExpectColumnMedianToBeBetween(
+            column="characters", min_value=params.min_median_characters, max_value=params.max_median_characters
+        ),
+        "documents are of ordinary length (median characters)",
+        f"{params.min_median_characters:,} to {params.max_median_characters:,}",
+    )
+    yield (
+        gxe.ExpectColumnMeanToBeBetween(column="control_rate", max_value=params.max_control_character_rate),
+        "control characters are rare (share of all characters, mean over documents)",
+        f"at most {params.max_control_character_rate:g}",
+    )
+
+
+def dialogue_checks(table: pd.DataFrame) -> Iterator[Check]:
+    """Of data/chat/dialogues.parquet."""
+    import great_expectations.expectations as gxe
+
+    table["turns"] = table["messages"].map(len)
+    table["alternate"] = table["messages"].map(
+        lambda turns: [t["role"] for t in turns] == ["user", "assistant"] * (len(turns) // 2)
+    )
+    table["messages"] = table["messages"].map(str)
+    yield from _table_checks(table)
+    yield gxe.ExpectColumnValuesToBeUnique(column="sha256"), "no dialogue appears twice", "unique"
+    yield (
+        gxe.ExpectColumnMinToBeBetween(column="turns", min_value=2),
+        "every dialogue has two turns (of the shortest)",
+        "at least 2",
+    )
+    yield (
+        gxe.ExpectColumnValuesToBeInSet(column="alternate", value_set=[True]),
+        "user and assistant take turns, the assistant speaks last",
+        "every dialogue",
+    )
+
+
+def _table_checks(table: pd.DataFrame) -> Iterator[Check]:
+    """What both tables promise: columns, no holes, known languages and licences."""
+    import great_expectations.expectations as gxe
+
+    schema = DOCUMENTS if "text" in table else DIALOGUES
+    yield (
+        gxe.ExpectTableColumnsToMatchSet(column_set=schema.names, exact_match=False),
+        "every promised column is there",
+        ", ".join(schema.names),
+    )
+    for column in schema.names:
+        yield gxe.ExpectColumnValuesToNotBeNull(column=column), f"`{column}` is never missing", "no holes"
+    yield gxe.ExpectColumnValuesToBeOfType(column="bytes", type_="int64"), "`bytes` is a whole number", "int64"
+    yield (
+        gxe.ExpectColumnValuesToMatchRegex(column="language", regex=LANGUAGE),
+        "every language is a code such as en, pt_BR, zh_Hans, or `code` for programs",
+        "language codes",
+    )
+    yield (
+        gxe.ExpectColumnValuesToBeInSet(column="licence", value_set=_spdx(table["licence"])),
+        "every licence is an SPDX identifier (LicenseRef-… for one of your own)",
+        "SPDX",
+    )
+
+
+def source_checks(params: Contracts, figures: pd.DataFrame) -> Iterator[Check]:
+    """Of the figures of each source."""
+    import great_expectations.expectations as gxe
+
+    figures["contaminated_rate"] = figures["contaminated"] / figures["heldout"].clip(lower=1)
+    figures["eval_copy_rate"] = figures["copies_of_eval"] / max(figures["kept"][figures["use"] == "eval"].sum(), 1)
+    text = figures[figures["use"] != "chat"]
+    overall = text["contaminated"].sum() / max(text["heldout"].sum(), 1)
+    figures["overall_contaminated_rate"] = overall
+    figures["eval_contaminated_rate"] = figures["contaminated_rate"].where(figures["use"] == "eval", 0.0)
+    at_most = f"at most {params.max_overlap_rate:g}"
+    yield (
+        gxe.ExpectColumnMaxToBeBetween(column="duplicate_rate", max_value=params.max_duplicate_rate),
+        "raw documents are rarely copies of one another (share of the worst source)",
+        f"at most {params.max_duplicate_rate:g}",
+    )
+    yield (
+        gxe.ExpectColumnMaxToBeBetween(column="secret_rate", max_value=params.max_secret_rate),
+        "few documents hold an e-mail address or a key-like string (share of the worst source)",
+        f"at most {params.max_secret_rate:g}",
+    )
+    yield (
+        gxe.ExpectColumnMaxToBeBetween(column="overall_contaminated_rate", max_value=params.max_overlap_rate),
+        f"few held-out documents share {CONTAMINATED:.0%} of their {RUN}-word runs with training text",
+        at_most,
+    )
+    yield (
+        gxe.ExpectColumnMaxToBeBetween(column="eval_contaminated_rate", max_value=params.max_overlap_rate),
+        f"the same of each evaluation source alone: {RUN}-word runs that training text knows",
+        at_most,
+    )
+    yield (
+        gxe.ExpectColumnMaxToBeBetween(column="eval_copy_rate", max_value=params.max_overlap_rate),
+        "evaluation documents do not lie in training sources word for word (share of them)",
+        at_most,
+    )
+
+
+def drift_checks(params: Contracts, drift: pd.DataFrame, accepted: Path) -> Iterator[Check]:
+    """Of the figures that were accepted before; none is compared where nothing was accepted."""
+    import great_expectations.expectations as gxe
+
+    if len(drift):
+        worst = drift.loc[drift["change"].idxmax()]
+        yield (
+            gxe.ExpectColumnMaxToBeBetween(column="change", max_value=params.max_drift),
+            f"the data is like the accepted profile (largest relative change: {worst['figure']} of {worst['source']})",
+            f"at most {params.max_drift:g}",
+        )
+
+
+def _spdx(licences: pd.Series) -> list[str]:
+    """Those among the licences that are valid SPDX expressions."""
+    known = []
+    for licence in licences.unique():
+        try:
+            canonicalize_license_expression(licence)
+        except InvalidLicenseExpression:
+            continue
+        known.append(licence)
+    return known or ["an SPDX identifier"]
+
+
+def _words(text: str) -> np.ndarray:
+    """A 64-bit number for every word, [n]; the same in every process."""
+    words = pd.Series(re.findall(r"\w+", text.lower()), dtype=object)
+    return pd.util.hash_array(words.to_numpy(), categorize=True) if len(words) else np.zeros(0, np.uint64)
+
+
+def runs(text: str) -> np.ndarray:
+    """A 64-bit number for every run of `RUN` words, [n - RUN + 1]."""
+    words = _words(text)
+    count = len(words) - RUN + 1
+    if count < 1:
+        return np.zeros(0, np.uint64)
+    mixed = np.zeros(count, np.uint64)
+    for place in range(RUN):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[place : place + count]
+    return mixed
+
+
+def overlap(text: str, known: np.ndarray) -> float:
+    """Share of the text's runs that are among `known` (sorted); 0 for a text without a run."""
+    mine = runs(text)
+    if not len(mine) or not len(known):
+        return 0.0
+    place = np.minimum(known.searchsorted(mine), len(known) - 1)
+    return float((known[place] == mine).mean())
+
+
+def _all_runs(texts: pd.Series) -> np.ndarray:
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *map(runs, texts)]))
+
+
+def _validate(suites: dict[str, tuple[pd.DataFrame, list[Check]]]) -> list[Finding]:
+    """Every suite through Great Expectations, nothing kept on disk."""
+    import great_expectations as gx
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False}
+    source = context.data_sources.add_pandas("tables")
+    findings = []
+    for name, (table, checks) in suites.items():
+        if not checks:
+            continue
+        batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+        suite = context.suites.add(gx.ExpectationSuite(name=name))
+        for number, (expectation, what, limit) in enumerate(checks):
+            expectation.meta = {"number": number, "what": what, "limit": limit}
+            suite.add_expectation(expectation)
+        validation = gx.ValidationDefinition(name=name, data=batch, suite=suite)
+        result = validation.run(batch_parameters={"dataframe": table})
+        ordered = sorted(result.results, key=lambda one: one.expectation_config.meta["number"])
+        findings += [_finding(name, one) for one in ordered]
+    return findings
+
+
+def _finding(suite: str, result: Any) -> Finding:
+    config, found = result.expectation_config, result.result
+    if "unexpected_count" in found and "element_count" in found:
+        examples = ", ".join(str(value)[:40] for value in found.get("partial_unexpected_list", [])[:3])
+        observed = f"{found['unexpected_count']:,} of {found['element_count']:,} rows break it" + (
+            f" ({examples})" if examples else ""
+        )
+    else:
+        value = found.get("observed_value", found)
+        observed = (
+            f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        )
+    if not result.success and result.exception_info.get("raised_exception"):
+        observed = str(result.exception_info.get("exception_message"))
+    return Finding(suite, config.type, config.meta["what"], observed, config.meta["limit"], bool(result.success))
+
+
+def _sentence(broken: list[Finding], page: Path) -> str:
+    first, more = broken[0], len(broken) - 1
+    others = f" and {more} more" if more else ""
+    return (
+        f"{first.suite}.{first.expectation} is broken{others}: {first.what}; found {first.observed}, limit {first.limit}. "
+        f"Open {page}, then mend the source in data/sources.yaml, or the limit in params.yaml, or `shovel accept` the data."
+    )
+
+
+if __name__ == "__main__":
+    stage.main("contracts", lambda params, run: contracts(params.contracts, CLEAN, CHAT, ACCEPTED, PAGE, FAILED, run))
