@@ -112,7 +112,7 @@ def by_source(table: pd.DataFrame, profile: dict[str, Any]) -> pd.DataFrame:
                 "kept": entry["kept"],
                 "megabytes": entry["bytes"] / 1e6,
                 "bytes_per_document": entry["bytes"] / kept,
-                "languages": int(mine["language"].nunique()),
+                "languages": int(mine["language"].nunique()) or 1,
                 "kept_rate": entry["kept"] / raw,
                 "duplicate_rate": (dropped.get("exact_duplicate", 0) + dropped.get("copy_of_eval", 0)) / raw,
                 "copies_of_eval": dropped.get("copy_of_eval", 0),
@@ -354,25 +354,28 @@ def _finding(suite: str, result: Any) -> Finding:
     config, found = result.expectation_config, result.result
     if "unexpected_count" in found and "element_count" in found:
         examples = ", ".join(str(value)[:40] for value in found.get("partial_unexpected_list", [])[:3])
-        observed = f"{found['unexpected_count']:,} of {found['element_count']:,} rows break it" + (
-            f" ({examples})" if examples else ""
-        )
+        observed = f"{found['unexpected_count']:,} of {found['element_count']:,} rows break it"
+        observed += f" ({examples})" if examples else ""
     else:
-        value = found.get("observed_value", found)
-        observed = (
-            f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        )
+        observed = _shown(found.get("observed_value", found))
     if not result.success and result.exception_info.get("raised_exception"):
         observed = str(result.exception_info.get("exception_message"))
     return Finding(suite, config.type, config.meta["what"], observed, config.meta["limit"], bool(result.success))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _sentence(broken: list[Finding], page: Path) -> str:
     first, more = broken[0], len(broken) - 1
     others = f" and {more} more" if more else ""
     return (
-        f"{first.suite}.{first.expectation} is broken{others}: {first.what}; found {first.observed}, limit {first.limit}. "
-        f"Open {page}, then mend the source in data/sources.yaml, or the limit in params.yaml, or `shovel accept` the data."
+        f"{first.suite}.{first.expectation} is broken{others}: {first.what}; found {first.observed}, "
+        f"limit {first.limit}; open {page}, then mend the source in data/sources.yaml or the limit in params.yaml, "
+        f"or `shovel accept` the data."
     )
 
 
