@@ -1,0 +1,156 @@
+"""One self-contained page on which a person decides whether a model goes live.
+
+    python -m pipelines.review          reports/*.json -> reports/review.html
+
+What it is, gates, metrics beside the champion's, curves, contracts, samples, expert load, lineage, licences, and the
+command that makes it again. No network is needed to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from model.config import ModelConfig, count_parameters
+from pipelines import lineage, pages, register, stage
+from pipelines.params import Register
+from pipelines.tracking import Run
+
+RELEASE, REPORTS = Path("data/models/release"), Path("reports")
+PAGE = REPORTS / "review.html"
+STYLE = {"svg.hashsalt": "shovel", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+COLOURS = ("#245a8d", "#c0622f", "#8a94a0")
+SHOWN_LANGUAGES = 15
+
+
+def review(params: Register, release: Path, reports: Path, page: Path, run: Run | None = None) -> dict[str, Any]:
+    """Write `page`; returns how many gates hold, and the distance to the champion where there is one."""
+    content = _reports(reports)
+    champion, note = _champion(params)
+    gates = register.gates(params, reports, champion.get("bits_per_byte"))
+    facts = lineage.facts(reports)
+    config = ModelConfig.from_dict(json.loads((release / "config.json").read_text(encoding="utf-8")))
+    pages.write(
+        page,
+        "review.html.j2",
+        name=params.name,
+        gates=gates,
+        champion=champion,
+        champion_note=note,
+        model=_model(config),
+        licences=sorted(Counter(source["licence"] for source in facts["sources"]).items()),
+        facts=facts,
+        digest=register.folder_digest(register.file_digests(release)),
+        figures=_figures(content, reports / "plots"),
+        languages=_top_languages(content["base"]["by_language"], content["chat"]["by_language"]),
+        command=_command(facts),
+        **content,
+    )
+    if run:
+        for file in (page, *sorted((reports / "plots").glob("*.csv"))):
+            run.artifact(file, "plots" if file.suffix == ".csv" else "")
+    held = sum(gate.passed for gate in gates)
+    stage.say(f"review     {page}: {held} of {len(gates)} gates hold")
+    bits = content["chat"]["bits_per_byte"]
+    delta = {"bits_per_byte_minus_champion": bits - champion["bits_per_byte"]} if champion else {}
+    return {"gates_passed": held, "gates_total": len(gates)} | delta
+
+
+def _reports(reports: Path) -> dict[str, Any]:
+    made_by = {"pretrain": "pretrain", "finetune": "finetune", "contracts": "contracts", "export": "export"}
+    content = {name: stage.read_json(reports / f"{name}.json", made_by=maker) for name, maker in made_by.items()}
+    for variant in ("base", "chat"):
+        content[variant] = stage.read_json(reports / f"evaluate-{variant}.json", made_by="evaluate")
+    return content
+
+
+def _champion(params: Register) -> tuple[dict[str, Any], str]:
+    """The live version's figures, or nothing and the reason."""
+    try:
+        found = register.status(params).get(register.CHAMPION)
+    except Exception as error:  # noqa: BLE001  the page must come about without a tracking server
+        return {}, f"the registry could not be asked ({type(error).__name__})"
+    return (found, "") if found else ({}, "there is no champion yet")
+
+
+def _model(config: ModelConfig) -> dict[str, Any]:
+    total, active = count_parameters(config)
+    return {"config": config, "total": total, "active": active}
+
+
+def _command(facts: dict[str, Any]) -> str:
+    commit = facts["git"]["commit"]
+    return f"git checkout {commit[:12]} && make demo" if commit else "make demo"
+
+
+def _top_languages(base: dict[str, Any], chat: dict[str, Any]) -> list[dict[str, Any]]:
+    """The languages with most held-out text."""
+    names = sorted(base, key=lambda name: -base[name]["bytes"])[:SHOWN_LANGUAGES]
+    bits = "bits_per_byte"
+    return [{"name": n, "bytes": base[n]["bytes"], "base": base[n][bits], "chat": chat[n][bits]} for n in names]
+
+
+def _figures(content: dict[str, Any], plots: Path) -> list[dict[str, str]]:
+    """Curves, bits per byte and expert load, as <img> sources with captions."""
+    with mpl.rc_context(STYLE):
+        drawn = [
+            (_curve(pd.read_csv(plots / f"{name}.csv")), f"Loss of {title}, nats a token") for name, title in CURVES
+        ]
+        drawn.append((_bits(content["base"], content["chat"]), "Bits per held-out byte, by source; lower is better"))
+        drawn.append(
+            (_load(content["base"]["expert_load"]), "Tokens that each expert takes, base model; white is even")
+        )
+        return [{"image": pages.inline_svg(figure), "caption": caption} for figure, caption in drawn]
+
+
+CURVES = (("pretrain", "pretraining"), ("finetune", "fine-tuning (assistant's tokens)"))
+
+
+def _curve(table: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(4.6, 2.6))
+    axes = figure.subplots()
+    axes.plot(table["step"], table["loss"], color=COLOURS[2], linewidth=0.7)
+    smooth = table["loss"].ewm(halflife=max(len(table) / 50, 1)).mean()
+    axes.plot(table["step"], smooth, color=COLOURS[0], linewidth=1.6)
+    axes.set_xlabel("step")
+    axes.set_xlim(0, None)
+    return figure
+
+
+def _bits(base: dict[str, Any], chat: dict[str, Any]) -> Figure:
+    """Bars by source with the baselines as lines."""
+    names = ["all", *base["by_source"]]
+    figure = Figure(figsize=(4.6, 2.6))
+    axes = figure.subplots()
+    for offset, (report, label) in enumerate(((base, "base"), (chat, "chat"))):
+        heights = [report["bits_per_byte"], *(row["bits_per_byte"] for row in report["by_source"].values())]
+        axes.bar(np.arange(len(names)) + (offset - 0.5) * 0.36, heights, 0.34, label=label, color=COLOURS[offset])
+    for name, label, style in (("xz", "xz, all", ":"), ("five_gram", "5-gram, all", "--")):
+        axes.axhline(base["baselines"][name], color="#555", linestyle=style, linewidth=1, label=label)
+    axes.set_xticks(range(len(names)), [name.replace("-", "\n", 1) for name in names])
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
+    axes.legend(ncols=4, frameon=False, fontsize=8, loc="upper center")
+    return figure
+
+
+def _load(load: dict[str, list[float]]) -> Figure:
+    """One row a layer, one column an expert, relative to an equal share."""
+    shares = np.array(list(load.values()))
+    figure = Figure(figsize=(4.6, 2.6))
+    axes = figure.subplots()
+    image = axes.imshow(shares * shares.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    axes.set_yticks(range(len(load)), [name.replace("_", " ") for name in load])
+    axes.set_xlabel("expert")
+    figure.colorbar(image, label="times an equal share")
+    return figure
+
+
+if __name__ == "__main__":
+    stage.main("review", lambda params, run: review(params.register_, RELEASE, REPORTS, PAGE, run))
