@@ -21,14 +21,13 @@ import torch
 from moe_kernels import device as devices
 
 from model.generate import generate
-from model.hf import load_pretrained
 from model.score import score, window_tokens
 from model.transformer import MoETransformer
-from pipelines import stage
+from pipelines import models, stage
 from pipelines.corpus import dialogues, heldout
 from pipelines.encode import BOS, EOS, load_encoder
 from pipelines.finetune import mark_assistant
-from pipelines.params import Evaluate, Params, UserError
+from pipelines.params import Evaluate, Params
 from pipelines.tracking import Run
 
 MODELS, CLEAN, CHAT, REPORTS = Path("data/models"), Path("data/clean"), Path("data/chat"), Path("reports")
@@ -49,10 +48,9 @@ def evaluate(
 
     variant: `base` is shown `params.prompts`, `chat` answers `params.questions`. languages: of the dialogues scored.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is missing; `dvc repro {'finetune' if variant == 'chat' else 'pretrain'}` makes it.")
     devices.prepare()
-    net, encoder = load_pretrained(folder), load_encoder(folder)
+    net = models.load(folder, made_by="finetune" if variant == "chat" else "pretrain")
+    encoder = load_encoder(folder)
     table = heldout(clean, params.max_bytes)
     table["nats"], load_ME = _score_documents(net, encoder, table["text"], params, variant)
     baselines = stage.read_json(reports / "baselines.json", made_by="baselines")

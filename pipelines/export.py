@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from model.hf import load_pretrained, save_pretrained
+from model.hf import save_pretrained
 from model.transformer import MoETransformer
-from pipelines import stage
+from pipelines import models, stage
 from pipelines.corpus import documents
 from pipelines.encode import BOS, load_encoder
 from pipelines.params import Export, UserError
@@ -28,9 +28,7 @@ TEXTS, TOKENS = 8, 256  # held-out documents compared, tokens of each
 
 def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) -> dict[str, Any]:
     """Write `release` from `tuned`; raises `UserError` when transformers' logits differ by more than the limit."""
-    if not (tuned / "config.json").exists():
-        raise UserError(f"{tuned} is missing; `dvc repro finetune` makes it.")
-    net = load_pretrained(tuned)
+    net = models.load(tuned, made_by="finetune")
     with stage.replacing(release) as fresh:
         save_pretrained(net, fresh, tokenizer=tuned)
         settings = {

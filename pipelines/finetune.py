@@ -16,9 +16,9 @@ import numpy as np
 import tiktoken
 
 from model.data import PackedDialogues
-from model.hf import load_pretrained, save_pretrained
+from model.hf import save_pretrained
 from model.lora import add_lora, merge_lora
-from pipelines import stage
+from pipelines import models, stage
 from pipelines.corpus import dialogues
 from pipelines.encode import ASSISTANT, BOS, EOS, USER, load_encoder
 from pipelines.params import Finetune, UserError
@@ -31,9 +31,7 @@ CURVE = Path("reports/plots/finetune.csv")
 
 def finetune(params: Finetune, base: Path, chat: Path, tuned: Path, curve: Path, run: Run) -> dict[str, Any]:
     """Train `base` on the train split of the dialogues; writes the folder `tuned` and the CSV `curve`."""
-    if not (base / "config.json").exists():
-        raise UserError(f"{base} is missing; `dvc repro pretrain` makes it.")
-    net = load_pretrained(base)
+    net = models.load(base, made_by="pretrain")
     encoder = load_encoder(base)
     marked = [mark_assistant(messages, encoder) for messages in training_dialogues(params, chat)]
     rows = PackedDialogues(marked, params.sequence_length, params.seed)

@@ -116,6 +116,19 @@ def status(params: Register) -> dict[str, dict[str, Any]]:
     return {alias: {"version": int(v.version), "bits_per_byte": bits_of(v)} for alias, v in found.items() if v}
 
 
+def champion_folder(params: Register, release: Path) -> Path:
+    """The folder with the champion's bytes; raises `UserError` when this working tree holds other ones."""
+    live = _version(tracking.connect(), params.name, CHAMPION)
+    if live is None:
+        raise UserError(f"{params.name} has no champion yet; `make demo` makes one, `shovel promote` chooses one.")
+    if folder_digest(file_digests(release)) != live.tags.get("digest"):
+        raise UserError(
+            f"{release} is not what version {live.version}, the champion, was registered with; bring it back with "
+            f"`git checkout {live.tags.get('git.commit', '')[:12]} dvc.lock && dvc checkout {release}`."
+        )
+    return release
+
+
 def file_digests(folder: Path) -> dict[str, str]:
     """sha256 of every file, by name; raises `UserError` when the folder is not there."""
     if not (folder / "config.json").exists():

@@ -1,0 +1,258 @@
+"""The `shovel` command. Everything heavy is imported inside the commands, so that `shovel --help` is immediate.
+
+Exit codes: 0 done, 2 a mistake that the sentence on the terminal tells how to mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Raw text to a reviewed mixture-of-experts model.")
+PARAMS, SOURCES, PRESETS = Path("params.yaml"), Path("data/sources.yaml"), Path(__file__).parent / "presets"
+REPORTS, CLEAN, RELEASE = Path("reports"), Path("data/clean"), Path("data/models/release")
+
+
+def main() -> None:
+    """Entry point: a person's mistake becomes one sentence and exit code 2."""
+    from pipelines.params import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"shovel: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("shovel: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def check() -> None:
+    """Read params.yaml and data/sources.yaml and say what is wrong with them."""
+    from pipelines.params import load_params
+    from pipelines.sources import load_sources
+
+    params, sources = load_params(PARAMS), load_sources(SOURCES)
+    typer.echo(f"{PARAMS} is fine; {SOURCES} is fine: {len(sources)} sources ({', '.join(s.name for s in sources)})")
+    total = params.pretrain.steps * params.pretrain.batch_tokens
+    typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {params.pretrain.steps:,} steps")
+
+
+@app.command()
+def use(preset: Annotated[str, typer.Argument(help="demo, laptop, node or pod")]) -> None:
+    """Rewrite params.yaml for another scale; git shows the change."""
+    from pipelines.params import UserError, load_params
+
+    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if preset not in known:
+        raise UserError(f"no preset is called {preset!r}; choose one of {', '.join(known)}.")
+    load_params(PRESETS / f"{preset}.yaml")
+    shutil.copyfile(PRESETS / f"{preset}.yaml", PARAMS)
+    typer.echo(f"{PARAMS} is now the preset {preset}; see `git diff {PARAMS}`, then `shovel run`")
+
+
+@app.command()
+def run(stages: Annotated[list[str] | None, typer.Argument(help="stages; all when none is named")] = None) -> None:
+    """Run what changed (`dvc repro`) and tie the runs to commit and hashes."""
+    check()
+    _repro(stages or [])
+    link()
+
+
+@app.command()
+def demo() -> None:
+    """From raw text to a promoted model, and a short summary."""
+    start = time.monotonic()
+    check()
+    _repro([])
+    from pipelines.lineage import link as link_runs
+    from pipelines.params import UserError, load_params
+    from pipelines.register import promote as promote_version
+    from pipelines.register import register as register_version
+
+    params = load_params(PARAMS)
+    link_runs(REPORTS)
+    version = register_version(params.register_, RELEASE, REPORTS)
+    typer.echo(f"register   {version.name} version {version.version}, digest {version.tags['digest'][:12]}", err=True)
+    try:
+        outcome = promote_version(params.register_, RELEASE, REPORTS, version.version)
+        word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
+        typer.echo(f"promote    version {version.version} {word}", err=True)
+    except UserError as error:
+        typer.echo(f"promote    {error}", err=True)
+    _summary(time.monotonic() - start)
+
+
+@app.command()
+def link() -> None:
+    """Tie MLflow runs to the commit and to the hashes in dvc.lock; after a commit, and after an outage of the server."""
+    from pipelines.lineage import link as link_runs
+
+    done = link_runs(REPORTS)
+    extra = [f"{done[key]} {what}" for key, what in (("delivered", "delivered late"), ("reaped", "ended")) if done[key]]
+    typer.echo(f"link       {done['linked']} runs{', ' + ', '.join(extra) if extra else ''}", err=True)
+
+
+@app.command()
+def accept() -> None:
+    """Make the present data the reference that later data is compared with (reports/profile.json, for git)."""
+    from pipelines.contracts import ACCEPTED
+    from pipelines.contracts import accept as accept_profile
+
+    sources = accept_profile(CLEAN, ACCEPTED)
+    typer.echo(f"{ACCEPTED} now describes {', '.join(sources)}; commit it")
+
+
+@app.command()
+def register() -> None:
+    """Make a version of the exported model in the MLflow registry; the same bytes never become two versions."""
+    from pipelines.params import load_params
+    from pipelines.register import register as register_version
+
+    version = register_version(load_params(PARAMS).register_, RELEASE, REPORTS)
+    typer.echo(f"{version.name} version {version.version}, digest {version.tags['digest'][:12]}")
+
+
+@app.command()
+def promote(version: Annotated[str | None, typer.Argument(help="the challenger when none is named")] = None) -> None:
+    """Make a version the champion, if every gate holds."""
+    from pipelines.params import load_params
+    from pipelines.register import promote as promote_version
+
+    params = load_params(PARAMS).register_
+    record = promote_version(params, RELEASE, REPORTS, version)
+    if record.get("unchanged"):
+        typer.echo(f"{params.name} version {record['version']} is the champion already")
+        return
+    for gate in record["gates"]:
+        typer.echo(f"holds  {gate['name']}: {gate['what']}")
+    typer.echo(f"{params.name} version {record['version']} is the champion now; the record is in {REPORTS}/releases")
+
+
+@app.command()
+def rollback() -> None:
+    """Make the previous champion the champion again."""
+    from pipelines.params import load_params
+    from pipelines.register import rollback as roll_back
+
+    record = roll_back(load_params(PARAMS).register_, REPORTS)
+    typer.echo(
+        f"{record['model']} version {record['version']} is the champion again (it replaces {record['replaces']})"
+    )
+
+
+@app.command()
+def status() -> None:
+    """What would run, which version is live, and the last figures."""
+    from pipelines.params import load_params
+    from pipelines.register import status as registry_status
+
+    params = load_params(PARAMS)
+    done = subprocess.run([*_dvc(), "status"], capture_output=True, text=True, check=False)
+    typer.echo(done.stdout.strip() or done.stderr.strip())
+    found = registry_status(params.register_)
+    for alias, entry in found.items():
+        bits = f", {entry['bits_per_byte']:.3f} bits per byte" if entry["bits_per_byte"] is not None else ""
+        typer.echo(f"{alias}: {params.register_.name} version {entry['version']}{bits}")
+    if not found:
+        typer.echo(f"{params.register_.name} has no version yet; `make demo` makes one")
+
+
+@app.command()
+def review() -> None:
+    """Open the review page of the last model in a browser."""
+    import webbrowser
+
+    from pipelines.params import UserError
+
+    page = REPORTS / "review.html"
+    if not page.exists():
+        raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
+    typer.echo(page.resolve().as_uri())
+    webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def ui(port: int = 5000) -> None:
+    """The MLflow server on 127.0.0.1, one worker; prints the address of the training view."""
+    from pipelines.tracking import ui_address, ui_command
+
+    _require_free(port)
+    command, environment = ui_command(port)
+    typer.echo(f"open {ui_address(port)}  (Ctrl-C ends it)")
+    os.execvpe(command[0], command, environment)
+
+
+@app.command()
+def serve(port: int = 8000) -> None:
+    """The champion behind an OpenAI-compatible endpoint on 127.0.0.1."""
+    from pipelines.params import load_params
+    from pipelines.register import champion_folder
+
+    _require_free(port)
+    folder = champion_folder(load_params(PARAMS).register_, RELEASE)
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
+    typer.echo(f"serving {folder} at http://127.0.0.1:{port}/v1/chat/completions  (Ctrl-C ends it)")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    os.execvpe(command[0], [*command, "--host", "127.0.0.1", "--port", str(port)], environment)
+
+
+def _dvc() -> list[str]:
+    return [sys.executable, "-m", "dvc"]
+
+
+def _repro(stages: list[str]) -> None:
+    """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
+    start = time.monotonic()
+    done = subprocess.run([*_dvc(), "repro", "--quiet", *stages], check=False)
+    if done.returncode:
+        typer.echo(
+            f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what the line above names", err=True
+        )
+        raise typer.Exit(2 if done.returncode == 255 else done.returncode)
+    typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
+
+
+def _require_free(port: int) -> None:
+    import socket
+
+    from pipelines.params import UserError
+
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"port {port} is in use on 127.0.0.1; name another with --port.")
+
+
+def _summary(seconds: float) -> None:
+    """What was made, in the fewest lines."""
+    from pipelines.stage import read_json
+
+    def report(name: str) -> dict[str, Any]:
+        return read_json(REPORTS / f"{name}.json", made_by=name.split("-")[0])
+
+    trained, tuned, base, chat = (report(name) for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat"))
+    low, high = base["ci95"]
+    typer.echo(
+        f"""
+A mixture of experts with {trained["parameters"] / 1e6:.1f} M parameters ({trained["active_parameters"] / 1e6:.1f} M active) was
+pretrained on {trained["tokens"] / 1e6:.1f} M tokens of Django's documentation, code and translations and
+fine-tuned on {tuned["dialogues"]:,} dialogues; training took {trained["seconds"] + tuned["seconds"]:.0f} s, all of it {seconds:.0f} s.
+
+  bits per held-out byte   base {base["bits_per_byte"]:.3f} ({low:.3f} to {high:.3f}), chat {chat["bits_per_byte"]:.3f}
+  the same bytes           xz {base["baselines"]["xz"]:.3f}, 5-gram byte model {base["baselines"]["five_gram"]:.3f}
+  review page              {(REPORTS / "review.html").resolve()}
+
+Next: make ui (runs and registry), make lab (notebooks), make serve (chat with it)"""
+    )
+
+
+if __name__ == "__main__":
+    main()
