@@ -93,7 +93,7 @@ def demo() -> None:
 
 @app.command()
 def link() -> None:
-    """Tie MLflow runs to the commit and to the hashes in dvc.lock; after a commit, and after an outage of the server."""
+    """Tie MLflow runs to the commit and the hashes in dvc.lock: after a commit, and after an outage of the server."""
     from pipelines.lineage import link as link_runs
 
     done = link_runs(REPORTS)
@@ -144,9 +144,8 @@ def rollback() -> None:
     from pipelines.register import rollback as roll_back
 
     record = roll_back(load_params(PARAMS).register_, REPORTS)
-    typer.echo(
-        f"{record['model']} version {record['version']} is the champion again (it replaces {record['replaces']})"
-    )
+    what = f"{record['model']} version {record['version']}"
+    typer.echo(f"{what} is the champion again (it replaces {record['replaces']})")
 
 
 @app.command()
@@ -233,22 +232,26 @@ def _require_free(port: int) -> None:
 
 def _summary(seconds: float) -> None:
     """What was made, in the fewest lines."""
+    from pipelines.lineage import RAW, sources
     from pipelines.stage import read_json
 
     def report(name: str) -> dict[str, Any]:
         return read_json(REPORTS / f"{name}.json", made_by=name.split("-")[0])
 
     trained, tuned, base, chat = (report(name) for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat"))
+    text = ", ".join(f"{s['name']} ({s['bytes'] / 1e6:.1f} MB)" for s in sources(RAW) if s["use"] == "pretrain")
     low, high = base["ci95"]
+    total, active = trained["parameters"] / 1e6, trained["active_parameters"] / 1e6
     typer.echo(
         f"""
-A mixture of experts with {trained["parameters"] / 1e6:.1f} M parameters ({trained["active_parameters"] / 1e6:.1f} M active) was
-pretrained on {trained["tokens"] / 1e6:.1f} M tokens of Django's documentation, code and translations and
-fine-tuned on {tuned["dialogues"]:,} dialogues; training took {trained["seconds"] + tuned["seconds"]:.0f} s, all of it {seconds:.0f} s.
+A mixture of experts, {total:.1f} M parameters of which {active:.1f} M work on a token,
+pretrained on {trained["tokens"] / 1e6:.1f} M tokens of {text}
+and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {trained["seconds"] + tuned["seconds"]:.0f} s.
 
-  bits per held-out byte   base {base["bits_per_byte"]:.3f} ({low:.3f} to {high:.3f}), chat {chat["bits_per_byte"]:.3f}
+  bits per held-out byte   base {base["bits_per_byte"]:.3f} (95 %: {low:.3f} to {high:.3f}), chat {chat["bits_per_byte"]:.3f}
   the same bytes           xz {base["baselines"]["xz"]:.3f}, 5-gram byte model {base["baselines"]["five_gram"]:.3f}
   review page              {(REPORTS / "review.html").resolve()}
+  this command             {seconds:.0f} s
 
 Next: make ui (runs and registry), make lab (notebooks), make serve (chat with it)"""
     )
