@@ -241,6 +241,7 @@ def _summary(seconds: float) -> None:
     trained, tuned, base, chat = (report(name) for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat"))
     text = ", ".join(f"{s['name']} ({s['bytes'] / 1e6:.1f} MB)" for s in sources(RAW) if s["use"] == "pretrain")
     low, high = base["ci95"]
+    bits = {name: f"{report['bits_per_byte']:.3f}" for name, report in (("base", base), ("chat", chat))}
     total, active = trained["parameters"] / 1e6, trained["active_parameters"] / 1e6
     typer.echo(
         f"""
@@ -248,7 +249,7 @@ A mixture of experts, {total:.1f} M parameters of which {active:.1f} M work on a
 pretrained on {trained["tokens"] / 1e6:.1f} M tokens of {text}
 and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {trained["seconds"] + tuned["seconds"]:.0f} s.
 
-  bits per held-out byte   base {base["bits_per_byte"]:.3f} (95 %: {low:.3f} to {high:.3f}), chat {chat["bits_per_byte"]:.3f}
+  bits per held-out byte   base {bits["base"]} (95 %: {low:.3f} to {high:.3f}), chat {bits["chat"]}
   the same bytes           xz {base["baselines"]["xz"]:.3f}, 5-gram byte model {base["baselines"]["five_gram"]:.3f}
   review page              {(REPORTS / "review.html").resolve()}
   this command             {seconds:.0f} s
