@@ -3,7 +3,9 @@
 Names are imported on first use, so that checking a configuration does not wait for PyTorch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,3 +39,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'model' has no attribute {name!r}")
     return getattr(import_module(f"model.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Keeps the name `generate` for the function when the file of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "generate" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

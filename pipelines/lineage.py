@@ -64,12 +64,10 @@ def link(reports: Path) -> dict[str, int]:
 
 def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:
     """False when this server does not know the run (it was made with another one)."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        tags = client.get_run(run_id).data.tags
-    except MlflowException:
+    run = tracking.find_run(client, run_id)
+    if run is None:
         return False
+    tags = run.data.tags
     wanted = _tags(label)
     if tags.get("git.commit", wanted["git.commit"]) != wanted["git.commit"]:
         wanted = {"dvc.restored_into": wanted["git.commit"]}

@@ -14,14 +14,13 @@ import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Any
 
 from pipelines import lineage, repository, stage, tracking
 from pipelines.params import Register, UserError, load_params
+
+if TYPE_CHECKING:
+    from pipelines.tracking import MlflowClient, ModelVersion
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -46,11 +45,7 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     client = tracking.connect()
     digests = file_digests(release)
     digest = folder_digest(digests)
-    try:
-        client.create_registered_model(params.name, description="The review page of a version says why it exists.")
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    tracking.create_model(client, params.name, "The review page of a version says why it exists.")
     known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
     version = known[0] if known else _create(client, params, release, reports, digests)
     if version.version != number(client, params.name, CHAMPION):
@@ -88,7 +83,7 @@ def promote(params: Register, release: Path, reports: Path, version: str | None 
     """
     client = tracking.connect()
     chosen = _chosen(client, params.name, version)
-    live = _version(client, params.name, CHAMPION)
+    live = tracking.version_behind(client, params.name, CHAMPION)
     if live and live.version == chosen.version:
         return {"version": int(chosen.version), "unchanged": True}
     found = [*gates(params, reports, bits_of(live)), *_promotion_gates(chosen, release)]
@@ -102,7 +97,7 @@ def promote(params: Register, release: Path, reports: Path, version: str | None 
 def rollback(params: Register, reports: Path) -> dict[str, Any]:
     """Make the previous champion the champion again; the two change places. Returns the release record."""
     client = tracking.connect()
-    previous, live = (_version(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
+    previous, live = (tracking.version_behind(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
     if previous is None:
         raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
     _move(client, params.name, previous.version, live.version if live else None)
@@ -112,13 +107,13 @@ def rollback(params: Register, reports: Path) -> dict[str, Any]:
 def status(params: Register) -> dict[str, dict[str, Any]]:
     """Version and bits per byte behind each alias that is set."""
     client = tracking.connect()
-    found = {alias: _version(client, params.name, alias) for alias in (CHAMPION, CHALLENGER, PREVIOUS)}
+    found = {alias: tracking.version_behind(client, params.name, alias) for alias in (CHAMPION, CHALLENGER, PREVIOUS)}
     return {alias: {"version": int(v.version), "bits_per_byte": bits_of(v)} for alias, v in found.items() if v}
 
 
 def champion_folder(params: Register, release: Path) -> Path:
     """The folder with the champion's bytes; raises `UserError` when this working tree holds other ones."""
-    live = _version(tracking.connect(), params.name, CHAMPION)
+    live = tracking.version_behind(tracking.connect(), params.name, CHAMPION)
     if live is None:
         raise UserError(f"{params.name} has no champion yet; `make demo` makes one, `shovel promote` chooses one.")
     if folder_digest(file_digests(release)) != live.tags.get("digest"):
@@ -154,7 +149,7 @@ def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 def number(client: MlflowClient, name: str, alias: str) -> str | None:
     """The version behind an alias."""
-    found = _version(client, name, alias)
+    found = tracking.version_behind(client, name, alias)
     return found.version if found else None
 
 
@@ -163,18 +158,9 @@ def bits_of(version: ModelVersion | None) -> float | None:
     return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
 
 
-def _version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
 def _chosen(client: MlflowClient, name: str, version: str | None) -> ModelVersion:
     if version is None:
-        found = _version(client, name, CHALLENGER) or _version(client, name, CHAMPION)
+        found = tracking.version_behind(client, name, CHALLENGER) or tracking.version_behind(client, name, CHAMPION)
     else:
         found = next((known for known in versions(client, name) if known.version == version), None)
     if found is None:
@@ -200,10 +186,11 @@ def _create(
     hashes = repository.output_hashes()
     if md5 := hashes.get(release.as_posix()):
         tags["dvc.md5"] = md5
+    export = tracking.find_run(client, runs.get("export"))
     return client.create_model_version(
         params.name,
         source=_source(release, digest),
-        run_id=_known_run(client, runs.get("export")),
+        run_id=export.info.run_id if export else None,
         tags=tags,
         description=_description(chat, digest),
     )
@@ -212,13 +199,6 @@ def _create(
 def _source(release: Path, digest: str) -> str:
     """Where the bytes are: this disk for a local registry; a server refuses file paths and gets path and digest."""
     return release.resolve().as_uri() if tracking.is_local() else f"dvc://{release.as_posix()}?sha256={digest}"
-
-
-def _known_run(client: MlflowClient, run_id: str | None) -> str | None:
-    try:
-        return client.get_run(run_id).info.run_id if run_id else None
-    except MlflowException:
-        return None
 
 
 def _description(chat: dict[str, Any], digest: str) -> str:

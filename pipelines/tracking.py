@@ -30,6 +30,7 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
+    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
@@ -326,6 +327,39 @@ def _warn(error: Exception) -> None:
         f"`shovel link` delivers it later",
         file=sys.stderr,
     )
+
+
+def create_model(client: MlflowClient, name: str, description: str) -> None:
+    """A registered model of that name; fine when there is one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def version_behind(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The model version that an alias names, None when it names none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
+    """The run, None when this server does not know it (it was made with another one)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException:
+        return None
 
 
 def ui_address(port: int) -> str:

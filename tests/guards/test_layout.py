@@ -1,0 +1,40 @@
+"""Promises about the tree itself."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [path for folder in ("model", "pipelines", "kernels") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_kernels_is_no_package_and_transformers_imports_from_the_root() -> None:
+    """A regular package called `kernels` would hide the one that transformers looks for."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    statement = "import transformers.models.deepseek_v3.modeling_deepseek_v3"
+    subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_device_py_names_devices(path: Path) -> None:
+    if path.name != "device.py":
+        assert not re.search(r"torch\.(cuda|npu)\b|\.to\([\"'](cuda|npu)", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short_and_say_what_they_return(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 90, node.name
+            assert node.returns is not None, node.name
+
+
+def test_mlflow_has_one_door() -> None:
+    users = [path.name for path in SOURCES if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)]
+    assert users == ["tracking.py"]

@@ -1,0 +1,114 @@
+"""Our DeepSeek-V3 (`ours`) against transformers' (`theirs`), fp32, over configurations drawn at random."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from model import ModelConfig, build, count_parameters, load_pretrained, save_pretrained
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    groups = draw(st.sampled_from([1, 2, 4]))
+    layers = draw(st.integers(1, 3))
+    return ModelConfig(
+        vocab_size=128,
+        hidden_size=draw(st.sampled_from([32, 48])),
+        intermediate_size=64,
+        moe_intermediate_size=draw(st.sampled_from([16, 24])),
+        num_hidden_layers=layers,
+        num_attention_heads=draw(st.sampled_from([1, 3, 4])),
+        q_lora_rank=draw(st.sampled_from([None, 24])),
+        kv_lora_rank=16,
+        qk_nope_head_dim=draw(st.sampled_from([8, 16])),
+        qk_rope_head_dim=draw(st.sampled_from([4, 8])),
+        v_head_dim=draw(st.sampled_from([8, 12])),
+        n_shared_experts=draw(st.sampled_from([1, 2])),
+        n_routed_experts=8,
+        num_experts_per_tok=draw(st.integers(1, 2)),
+        n_group=groups,
+        topk_group=draw(st.integers(1, groups)),
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        max_position_embeddings=1024,
+        rope_parameters=draw(st.sampled_from([YARN, {"rope_type": "default", "rope_theta": 10000.0}])),
+        initializer_range=0.1,
+    )
+
+
+def _ours(config: ModelConfig) -> torch.nn.Module:
+    net = build(config, seed=1)
+    for name, buffer in net.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        buffer.normal_(0, 0.1)
+    return net
+
+
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=configs())
+def test_logits_and_gradients_equal(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("export")
+    ours = _ours(config)
+    save_pretrained(ours, folder)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(0, config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(0))
+    mine, other = ours(ids).logits, theirs(ids).logits
+    assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+
+    torch.nn.functional.cross_entropy(mine.flatten(0, 1), ids.flatten()).backward()
+    torch.nn.functional.cross_entropy(other.flatten(0, 1), ids.flatten()).backward()
+    expected = dict(theirs.named_parameters())
+    everywhere = max(parameter.grad.abs().max() for parameter in theirs.parameters())
+    for name, parameter in ours.named_parameters():
+        theirs_grad = expected[name].grad
+        rounding = 1e-6 * everywhere  # a single normalised expert has weight 1: its router's gradient is rounding alone
+        difference = (parameter.grad - theirs_grad).abs().max()
+        assert difference <= 1e-4 * theirs_grad.abs().max() + rounding, (name, difference, theirs_grad.abs().max())
+
+
+def test_reads_what_transformers_writes(tmp_path) -> None:
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=128, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=8, kv_lora_rank=16, q_lora_rank=24,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    theirs = DeepseekV3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = load_pretrained(tmp_path)
+    expected = theirs.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+    ids = torch.randint(0, 128, (1, 40))
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+
+
+def test_full_size_parameter_count() -> None:
+    total, active = count_parameters(ModelConfig.preset("v3-671b"))
+    assert round(total / 1e9, 1) == 671.0
+    assert round(active / 1e9) == 37
+
+
+@settings(max_examples=10, deadline=None)
+@given(config=configs())
+def test_count_parameters_counts_what_is_built(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        from model.transformer import MoETransformer
+
+        net = MoETransformer(config)
+    assert count_parameters(config)[0] == sum(parameter.numel() for parameter in net.parameters())

@@ -1,0 +1,240 @@
+"""Documents, caching, losses, data order, checkpoints and LoRA of the model package."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import ModelConfig, build, generate, load_pretrained, save_pretrained
+from model.checkpoint import CheckpointStore
+from model.data import IGNORED, PackedDialogues, PackedTokens, batch
+from model.lora import add_lora, merge_lora
+from model.losses import cross_entropy
+from model.optim import adamw, balance_experts
+from model.schedule import learning_rate
+
+TINY = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    n_routed_experts=8, num_experts_per_tok=2, initializer_range=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    return build(TINY, seed=3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 17), min_size=1, max_size=5))
+def test_a_packed_document_has_the_logits_of_the_document_alone(net, lengths: list[int]) -> None:
+    ids = torch.randint(0, 64, (1, sum(lengths)), generator=torch.Generator().manual_seed(sum(lengths)))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    with torch.no_grad():
+        packed = net(ids, documents).logits[0]
+        alone = torch.cat([net(part).logits[0] for part in ids.split(lengths, dim=1)])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+def test_cached_decoding_equals_the_full_forward(net) -> None:
+    ids = torch.randint(0, 64, (3, 9))
+    longer = generate(net, ids, max_new_tokens=12)
+    assert longer.shape == (3, 21)
+    assert torch.equal(net(longer).logits.argmax(-1)[:, 8:-1], longer[:, 9:])
+
+
+def test_sampling_follows_its_seed_and_stops(net) -> None:
+    ids = torch.randint(0, 64, (2, 5))
+    draw = lambda seed: generate(net, ids, 10, temperature=1.0, top_p=0.9, seed=seed)  # noqa: E731
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    first = int(generate(net, ids[:1], 1)[0, -1])
+    assert generate(net, ids[:1], 30, eos_token_id=first).shape[1] == 6
+    with pytest.raises(ValueError, match="top_p"):
+        generate(net, ids, top_p=0.0)
+
+
+def test_chunked_cross_entropy_equals_torch(monkeypatch) -> None:
+    monkeypatch.setattr("model.losses.CHUNK", 7)
+    hidden, head = torch.randn(30, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    targets = torch.randint(0, 40, (30,))
+    targets[::4] = IGNORED
+    ours = cross_entropy(hidden, head, targets)
+    theirs = torch.nn.functional.cross_entropy(hidden @ head.t(), targets)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(
+        torch.autograd.grad(ours * 3, [hidden, head]), torch.autograd.grad(theirs * 3, [hidden, head]), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient(net) -> None:
+    ids = torch.randint(0, 64, (8, 64))
+    out = net(ids, with_logits=False)
+    cross_entropy(out.hidden.flatten(0, 1), net.lm_head.weight, ids.flatten()).backward()
+    assert [name for name, parameter in net.named_parameters() if not parameter.grad.any()] == []
+    net.zero_grad()
+
+
+def test_bias_rule_lifts_the_idle_and_lowers_the_busy(net) -> None:
+    load = torch.tensor([[10, 0, 5, 5, 5, 5, 5, 5]])
+    balance_experts(net, load, speed=0.5)
+    bias = net.model.layers[1].mlp.gate.e_score_correction_bias
+    assert bias.tolist() == [-0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    bias.zero_()
+
+
+def test_weight_decay_spares_vectors(net) -> None:
+    groups = adamw(net, 1e-3, 0.1).param_groups
+    assert groups[0]["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in groups[0]["params"])
+    assert groups[1]["weight_decay"] == 0.0 and all(p.ndim < 2 for p in groups[1]["params"])
+
+
+def test_schedule_warms_up_stays_and_decays() -> None:
+    rates = [learning_rate(step, 100, 2.0, warmup_steps=9, decay_fraction=0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9:51] == [2.0] * 42
+    assert rates[-1] == pytest.approx(0.04)
+    assert all(b < a for a, b in zip(rates[50:], rates[51:], strict=False))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three shards; document k holds only the token k."""
+    lengths = [[5, 9, 30], [17], [1, 2, 3, 40]]
+    shards, number = [], 0
+    for shard, sizes in enumerate(lengths):
+        tokens = np.concatenate([np.full(size, number + i) for i, size in enumerate(sizes)]).astype(np.uint16)
+        number += len(sizes)
+        tokens.tofile(tmp_path / f"train-{shard:05d}.bin")
+        shards.append({"file": f"train-{shard:05d}.bin", "offsets": [0, *np.cumsum(sizes).tolist()]})
+    (tmp_path / "manifest.json").write_text(json.dumps({"dtype": "uint16", "splits": {"train": {"shards": shards}}}))
+    return tmp_path
+
+
+def test_an_epoch_holds_every_token_once_and_targets_stay_inside_documents(corpus: Path) -> None:
+    rows = PackedTokens(corpus, "train", sequence_length=10, seed=0)
+    assert rows.rows_per_epoch == 10
+    seen = batch(rows, 0, 10)
+    counts = np.bincount(seen.input_ids.flatten(), minlength=8)
+    assert counts.sum() == 100 and (np.array([5, 9, 30, 17, 1, 2, 3, 40]) - counts).sum() == 7
+    assert torch.equal(seen.input_ids, seen.document_ids)
+    inside = seen.targets != IGNORED
+    assert torch.equal(seen.targets[inside], seen.input_ids[inside])
+
+
+def test_rows_are_a_pure_function_of_seed_and_index(corpus: Path) -> None:
+    first, again = (PackedTokens(corpus, "train", 10, seed=4) for _ in range(2))
+    late = [again.row(index) for index in (37, 3)]
+    for mine, other in zip([first.row(37), first.row(3)], late, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, other, strict=True))
+    other_seed = PackedTokens(corpus, "train", 10, seed=5)
+    assert any(not np.array_equal(first.row(i)[0], other_seed.row(i)[0]) for i in range(10))
+
+
+def test_a_corpus_shorter_than_a_row_is_refused(corpus: Path) -> None:
+    with pytest.raises(ValueError, match="fewer than one row"):
+        PackedTokens(corpus, "train", sequence_length=500, seed=0)
+
+
+def test_dialogues_are_packed_whole_and_only_the_assistant_counts() -> None:
+    dialogues = [(np.arange(10) + 10 * k, np.arange(10) >= 5) for k in range(7)]
+    rows = PackedDialogues(dialogues, sequence_length=20, seed=0)
+    ids, targets, owner = rows.row(0)
+    assert sorted(set(owner) - {-1}) == sorted({owner[0], owner[9]}) and (owner == -1).sum() == 2
+    for number in set(owner) - {-1}:
+        assert targets[owner == number].tolist() == [IGNORED] * 4 + [10 * number + k for k in range(5, 10)]
+    assert len({tuple(rows.row(i)[0]) for i in range(40)}) > 4
+
+
+def test_checkpoints_are_checked_and_a_damaged_one_is_skipped(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "store")
+    assert store.latest() is None
+    for step in (1, 2, 3):
+        store.save(step, {"step": step})
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000002", "step-00000003"]
+    (store.folder / "step-00000003" / "state.pt").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert store.latest() == {"step": 2}
+    (store.folder / "step-00000002" / "sha256").unlink()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert store.latest() is None
+    assert len(caught) == 2
+
+
+def test_a_failed_save_leaves_no_trace(tmp_path: Path, monkeypatch) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"step": 1})
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        store.save(2, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_lora_starts_as_nothing_trains_little_and_merges_exactly() -> None:
+    net = build(TINY, seed=0)
+    ids = torch.randint(0, 64, (2, 12))
+    before = net(ids).logits
+    add_lora(net, rank=4, alpha=8.0, seed=0)
+    torch.testing.assert_close(net(ids).logits, before, rtol=0, atol=1e-5)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) < 0.6 * sum(p.numel() for p in net.parameters())
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    for _ in range(2):
+        net(ids).logits.square().mean().backward()
+        optimizer.step()
+    tuned = net(ids).logits
+    assert (tuned - before).abs().max() > 1e-3
+    merge_lora(net)
+    torch.testing.assert_close(net(ids).logits, tuned, rtol=0, atol=1e-5)
+    assert net.state_dict().keys() == build(TINY).state_dict().keys()
+
+
+def test_folder_problems_are_listed_in_one_error(tmp_path: Path, net) -> None:
+    with pytest.raises(ValueError, match="no config.json"):
+        load_pretrained(tmp_path)
+    save_pretrained(net, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 9, "vocab_size": 65}))
+    with pytest.raises(
+        ValueError,
+        match=r"missing model.layers.1.mlp.experts.*lm_head.weight is \[64, 32\], not \[65, 32\]|lm_head.*missing",
+    ):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(ValueError, match="'llama'"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({"n_group": 3}, "multiple of n_group"),
+        ({"n_group": 4, "topk_group": 5}, "topk_group"),
+        ({"qk_rope_head_dim": 7}, "even"),
+        ({"v_head_dim": 99}, "v_head_dim"),
+        ({"hiden_size": 8}, "did you mean 'hidden_size'"),
+        ({"hidden_size": "8"}, "must be of type int"),
+        ({"num_hidden_layers": 0}, "at least 1"),
+    ],
+)
+def test_impossible_architectures_are_named(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        TINY.replace(**changes)
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="demo, v3-671b"):
+        ModelConfig.preset("huge")
