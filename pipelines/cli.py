@@ -47,7 +47,7 @@ def check() -> None:
 
 
 @app.command()
-def use(preset: Annotated[str, typer.Argument(help="demo, laptop, node or pod")]) -> None:
+def use(preset: Annotated[str, typer.Argument(help="demo, laptop or node")]) -> None:
     """Rewrite params.yaml for another scale; git shows the change."""
     from pipelines.params import UserError, load_params
 

@@ -162,7 +162,7 @@ def _chosen(client: MlflowClient, name: str, version: str | None) -> ModelVersio
     if version is None:
         found = tracking.version_behind(client, name, CHALLENGER) or tracking.version_behind(client, name, CHAMPION)
     else:
-        found = next((known for known in versions(client, name) if known.version == version), None)
+        found = next((known for known in versions(client, name) if str(known.version) == version), None)
     if found is None:
         what = f"no version {version}" if version else "no challenger and no champion"
         raise UserError(f"{name} has {what}; `shovel register` makes a version.")

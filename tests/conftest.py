@@ -1,9 +1,142 @@
-"""One thread and no network for every test: results do not depend on the machine's load."""
+"""One thread and no model hub for every test; small projects and the default corpus as fixtures."""
 
+import json
 import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+import pytest
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "agg",
+    "GIT_AUTHOR_NAME": "Ada",
+    "GIT_AUTHOR_EMAIL": "ada@example.org",
+    "GIT_COMMITTER_NAME": "Ada",
+    "GIT_COMMITTER_EMAIL": "ada@example.org",
+}
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "clean": {"heldout_percent": 15.0},
+    "contracts": {"min_documents": 10, "max_overlap_rate": 0.3, "max_secret_rate": 0.5},
+    "encode": {"vocab_size": 400},
+    "pretrain": {"steps": 12, "batch_tokens": 256, "sequence_length": 64, "warmup_steps": 2, "checkpoint_every": 2},
+    "finetune": {"steps": 6, "batch_tokens": 256, "sequence_length": 64, "checkpoint_every": 2},
+    "evaluate": {"sequence_length": 64, "max_bytes": 20_000, "sample_tokens": 4},
+}
+MODEL = {
+    "preset": "demo", "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4,
+}  # fmt: skip
+
+
+class Project:
+    """A copy of this repository in its own git repository, with little text and a tiny model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        for name in files.stdout.splitlines():
+            if (ROOT / name).is_file() and not name.startswith(("tests/", "dvc.lock", "reports/")):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes((ROOT / name).read_bytes())
+        (folder / "reports").mkdir()
+        for name in (".gitignore", "profile.json"):
+            (folder / "reports" / name).write_bytes((ROOT / "reports" / name).read_bytes())
+        self._write_text()
+        self.set_params(**SMALL)
+        self.set_params(pretrain={"model": MODEL})
+        self.run("git", "init", "-q")
+        self.run("dvc", "config", "--local", "core.analytics", "false")
+        self.commit("start")
+
+    def _write_text(self) -> None:
+        own = self.folder / "data" / "own"
+        (own / "code").mkdir()
+        library = Path(sysconfig.get_path("stdlib"))
+        modules = sorted(path for path in library.glob("[a-h]*.py") if 2_000 < path.stat().st_size < 30_000)[:45]
+        for path in modules:
+            (own / "code" / path.name).write_bytes(path.read_bytes())
+        turns = [("user", "assistant")[k % 2] for k in range(2)]
+        with (own / "talk.jsonl").open("w") as file:
+            for n in range(60):
+                contents = (f"What is {n} plus {n + 1}?", f"{n} plus {n + 1} is {2 * n + 1}.")
+                messages = [{"role": r, "content": c} for r, c in zip(turns, contents, strict=True)]
+                file.write(json.dumps({"messages": messages}) + "\n")
+        code = {"name": "code", "path": "data/own/code", "licence": "PSF-2.0", "language": "code", "use": "pretrain"}
+        talk = {"name": "talk", "path": "data/own/talk.jsonl", "licence": "CC0-1.0", "language": "en", "use": "chat"}
+        self.set_sources(code | {"kind": "path"}, talk | {"kind": "path"})
+
+    def set_sources(self, *entries: dict) -> None:
+        (self.folder / "data" / "sources.yaml").write_text(json.dumps({"sources": entries}))
+
+    def set_params(self, **sections: dict) -> None:
+        from ruamel.yaml import YAML
+
+        yaml = YAML()
+        content = yaml.load((self.folder / "params.yaml").read_text())
+        for name, changes in sections.items():
+            content[name] |= changes
+        with (self.folder / "params.yaml").open("w") as file:
+            yaml.dump(content, file)
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", *command] if command[0] in ("dvc", "mlflow") else list(command)
+        words = [sys.executable, *command[1:]] if command[0] == "python" else words
+        if command[0] == "shovel":
+            words = [sys.executable, "-m", "pipelines.cli", *command[1:]]
+        done = subprocess.run(
+            words, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def environment(self, **more: str) -> dict[str, str]:
+        path = f"{self.folder}{os.pathsep}{self.folder / 'kernels'}"
+        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PYTHONPATH": path, "PATH": binaries, **more}
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-q", "-m", message)
+
+    def read(self, name: str) -> dict:
+        return json.loads((self.folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def fresh_project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default sources, fetched (downloads are kept), cleaned and encoded: folders raw, clean, chat, tokens."""
+    from pipelines.clean import clean
+    from pipelines.encode import encode
+    from pipelines.fetch import fetch
+    from pipelines.params import load_params
+
+    folder = tmp_path_factory.mktemp("corpus")
+    params = load_params(ROOT / "params.yaml")
+    fetch(params.fetch, ROOT / "data/sources.yaml", folder / "raw", ROOT / ".downloads")
+    clean(params.clean, folder / "raw", folder / "clean", folder / "chat")
+    encode(params.encode, folder / "clean", folder / "tokens")
+    return folder

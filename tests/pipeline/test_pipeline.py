@@ -1,0 +1,183 @@
+"""The whole pipeline under DVC on little text: what runs, what is restored, what is registered and promoted."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+STAGES = ["fetch", "clean", "contracts", "encode", "pretrain", "finetune", "baselines", "evaluate", "export", "review"]
+
+
+def ran(output: str) -> set[str]:
+    return {name.partition("@")[0] for name in re.findall(r"Running stage '([^']+)'", output)}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def client(project) -> MlflowClient:
+    uri = f"sqlite:///{project.folder}/.mlflow/mlflow.db"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def test_the_first_repro_runs_every_stage(project) -> None:
+    done = project.run("dvc", "repro")
+    assert ran(done.stdout) == set(STAGES)
+    metrics = project.read("reports/evaluate-base.json")
+    assert 0 < metrics["ci95"][0] <= metrics["bits_per_byte"] <= metrics["ci95"][1] < 20
+    assert 0 < metrics["baselines"]["xz"] < 8 and 0 < metrics["baselines"]["five_gram"] < 8
+    assert all(abs(sum(shares) - 1) < 1e-9 for shares in metrics["expert_load"].values())
+
+
+def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, client) -> None:
+    experiment = client.get_experiment_by_name("shovel").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    parents = [run for run in runs.values() if "pipeline" in run.data.tags]
+    assert len(parents) == 1
+    stages = [run for run in runs.values() if run not in parents]
+    assert len(stages) == len(STAGES) + 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in stages} == {parents[0].info.run_id}
+    assert {run.info.status for run in stages} == {"FINISHED"}
+    pretrain = runs["pretrain"]
+    assert pretrain.data.params["steps"] == "12" and pretrain.data.tags["dvc.stage"] == "pretrain"
+    assert pretrain.data.tags["git.baseline"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
+    lock = (project.folder / "dvc.lock").read_text()
+    assert pretrain.data.tags["dvc.dep.data/tokens"] in lock
+    history = client.get_metric_history(pretrain.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(12))
+    assert project.read("reports/runs/pretrain.json")["run_id"] == pretrain.info.run_id
+
+
+def test_the_second_repro_runs_nothing(project) -> None:
+    assert ran(project.run("dvc", "repro").stdout) == set()
+    assert project.run("dvc", "status", "--json").stdout.strip() == "{}"
+
+
+def test_link_adds_commit_and_hashes(project, client) -> None:
+    project.commit("first model")
+    project.run("shovel", "link")
+    run = client.get_run(project.read("reports/runs/pretrain.json")["run_id"])
+    assert run.data.tags["git.commit"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert run.data.tags["dvc.out.data/models/base"].endswith(".dir")
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.status == "FINISHED"
+
+
+def test_the_review_page_needs_no_network(project) -> None:
+    page = (project.folder / "reports/review.html").read_text()
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//""", page)
+    assert "<script" not in page and page.count("data:image/svg+xml") == 4
+    for word in ("shovel promote", "PSF-2.0", "5-gram", project.read("reports/runs/export.json")["run_id"]):
+        assert word in page
+
+
+def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> None:
+    project.run("shovel", "register")
+    project.run("shovel", "register")
+    versions = client.search_model_versions("name = 'shovel-demo'")
+    assert len(versions) == 1
+    weights = digest(project.folder / "data/models/release/model.safetensors")
+    assert versions[0].tags["digest.model.safetensors"] == weights
+    assert int(client.get_model_version_by_alias("shovel-demo", "challenger").version) == 1
+
+    (project.folder / "stray.txt").write_text("not committed")
+    refused = project.run("shovel", "promote", check=False)
+    assert refused.returncode == 2 and "stray.txt not committed" in refused.stderr
+    (project.folder / "stray.txt").unlink()
+
+    export = project.folder / "reports/export.json"
+    sound = export.read_text()
+    export.write_text(json.dumps(json.loads(sound) | {"max_logit_difference": 0.1}))
+    refused = project.run("shovel", "promote", check=False)
+    assert refused.returncode == 2 and "export parity" in refused.stderr
+    export.write_text(sound)
+
+    project.run("shovel", "promote")
+    assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 1
+    record = json.loads(next((project.folder / "reports/releases").glob("shovel-demo-v1-*.json")).read_text())
+    assert record["digests"]["model.safetensors"] == weights and all(gate["passed"] for gate in record["gates"])
+    assert "already" in project.run("shovel", "promote").stdout
+    assert len(list((project.folder / "reports/releases").iterdir())) == 1
+
+
+def test_experiments_register_nothing(project) -> None:
+    refused = project.run("shovel", "register", check=False, DVC_EXP_NAME="sweep")
+    assert refused.returncode == 2 and "experiments register nothing" in refused.stderr
+
+
+def test_transformers_writes_with_the_release_without_this_project(project, tmp_path) -> None:
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "chat = [{'role': 'user', 'content': 'What is 1 plus 2?'}]\n"
+        "ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
+        "out = model.generate(**ids, max_new_tokens=8)\n"
+        "assert not {'model', 'pipelines', 'moe_kernels'} & set(sys.modules)\n"
+        "print(out.shape[1] - ids['input_ids'].shape[1])"
+    )
+    release = shutil.copytree(project.folder / "data/models/release", tmp_path / "release")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(release)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert 1 <= int(done.stdout.strip()) <= 8
+
+
+def test_one_parameter_of_finetune_reruns_nothing_before_it_and_comes_back_from_the_cache(project, client) -> None:
+    before = digest(project.folder / "data/models/chat/model.safetensors")
+    first_run = project.read("reports/runs/finetune.json")
+    project.set_params(finetune={"learning_rate": 1e-4})
+    done = project.run("dvc", "repro")
+    assert ran(done.stdout) == {"finetune", "evaluate", "export", "review"}
+    assert digest(project.folder / "data/models/chat/model.safetensors") != before
+    assert project.read("reports/runs/finetune.json") != first_run
+
+    project.run("git", "checkout", "-q", "params.yaml")
+    back = project.run("dvc", "repro")
+    assert ran(back.stdout) == set()
+    assert digest(project.folder / "data/models/chat/model.safetensors") == before
+    assert project.read("reports/runs/finetune.json") == first_run
+
+
+def test_a_second_version_rollback_and_previous(project, client) -> None:
+    project.set_params(finetune={"learning_rate": 2e-4}, register={"margin_bits_per_byte": 5.0})
+    project.run("dvc", "repro")
+    project.commit("second model")
+    project.run("shovel", "register")
+    project.run("shovel", "promote")
+    assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 2
+    assert int(client.get_model_version_by_alias("shovel-demo", "previous").version) == 1
+    project.run("shovel", "rollback")
+    assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 1
+    assert int(client.get_model_version_by_alias("shovel-demo", "previous").version) == 2
+    assert len(list((project.folder / "reports/releases").iterdir())) == 3
+
+
+def test_push_clone_pull_is_clean(project, tmp_path) -> None:
+    project.commit("everything")
+    project.run("dvc", "remote", "add", "--local", "store", str(tmp_path / "store"))
+    project.run("dvc", "push", "-r", "store")
+    clone = tmp_path / "clone"
+    project.run("git", "clone", "-q", str(project.folder), str(clone))
+    environment = project.environment(PYTHONPATH=f"{clone}:{clone / 'kernels'}")
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run(
+        [*dvc, "remote", "add", "--local", "store", str(tmp_path / "store")], cwd=clone, env=environment, check=True
+    )
+    subprocess.run([*dvc, "pull", "-q", "-r", "store"], cwd=clone, env=environment, check=True)
+    status = subprocess.run(
+        [*dvc, "status", "--json"], cwd=clone, env=environment, capture_output=True, text=True, check=True
+    )
+    assert status.stdout.strip() == "{}"
+    assert digest(clone / "data/models/release/model.safetensors") == digest(
+        project.folder / "data/models/release/model.safetensors"
+    )
