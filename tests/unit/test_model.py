@@ -19,7 +19,7 @@ from model.optim import adamw, balance_experts
 from model.schedule import learning_rate
 
 TINY = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    model_type="deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     n_routed_experts=8, num_experts_per_tok=2, initializer_range=0.1,
 )  # fmt: skip

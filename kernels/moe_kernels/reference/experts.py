@@ -1,4 +1,5 @@
-"""The routed experts of one layer: y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t)), e = indices_tk.
+"""The routed experts of one layer: y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t)), e = indices_tk; with a
+limit L (DeepSeek-V4, arXiv 2606.19348, section 4.2.1) the gate is cut above L and up outside of [-L, L], before silu.
 
 Shapes: T tokens, D hidden size, F expert width, E experts, K experts per token, N = T * K routed rows.
 
@@ -14,6 +15,7 @@ torch.compile take each pass as one node.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    limit: float = math.inf,
+) -> Tensor:
     """Mixture of SwiGLU experts, [T, D] -> [T, D], in the dtype of autocast where that is on, else of `x_TD`.
 
     indices_TK: int64, the experts of each token. weights_TK: fp32, their mixing weights. gate_up: gate rows first.
@@ -30,14 +39,14 @@ def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: 
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
-    return _experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF)[0]
+    return _experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, limit)[0]
 
 
 @torch.library.custom_op("moe_kernels::experts", mutates_args=())
 def _experts(
-    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
+    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y_TD, and what the backward pass needs: x_ND, order_TK, ends_E, scale_N1, gate_up_N2F).
+    """(y_TD, and what the backward pass needs: x_ND, order_TK, ends_E, scale_N1, gate_up_N2F, cut at the limit).
 
     order_TK: for each sorted row, which of the N = T * K pairs of token and choice it is, as a place in the flat pairs.
     """
@@ -50,6 +59,9 @@ def _experts(
     for expert, rows in slices:
         torch.mm(x_ND[rows], gate_up[expert].t(), out=gate_up_N2F[rows])
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=1)
+    if limit < math.inf:
+        gate_NF.clamp_(max=limit)
+        up_NF.clamp_(-limit, limit)
     hidden_NF = F.silu(gate_NF).mul_(up_NF).mul_(scale_N1)
     y_ND = torch.empty_like(x_ND)
     for expert, rows in slices:
@@ -58,7 +70,9 @@ def _experts(
 
 
 @_experts.register_fake
-def _(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+def _(
+    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, limit: float
+) -> tuple[Tensor, ...]:
     rows = indices_TK.numel()
     kept = x_TD.new_empty(rows, x_TD.shape[1]), torch.empty_like(indices_TK), indices_TK.new_empty(gate_up.shape[0])
     return torch.empty_like(x_TD), *kept, x_TD.new_empty(rows, 1), x_TD.new_empty(rows, gate_up.shape[1])
@@ -74,6 +88,7 @@ def _experts_backward(
     gate_up_N2F: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    limit: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [T, D], of the weights [T, K] in fp32, of gate_up [E, 2F, D] and of down [E, D, F]."""
     slices = _slices(ends_E)
@@ -89,6 +104,9 @@ def _experts_backward(
     d_hidden_NF.mul_(scale_N1)
     d_gate_NF = torch.ops.aten.silu_backward(d_hidden_NF * up_NF, gate_NF)
     d_gate_up_N2F = torch.cat([d_gate_NF, d_hidden_NF.mul_(silu_NF)], dim=1)
+    if limit < math.inf:
+        d_gate_up_N2F[:, : gate_NF.shape[1]].masked_fill_(gate_NF == limit, 0.0)
+        d_gate_up_N2F[:, gate_NF.shape[1] :].masked_fill_(up_NF.abs() == limit, 0.0)
     d_gate_up, d_down, d_x_ND = torch.zeros_like(gate_up), torch.zeros_like(down), torch.empty_like(x_ND)
     for expert, rows in slices:
         torch.mm(grad_ND[rows].t(), hidden_NF[rows], out=d_down[expert])
@@ -108,22 +126,24 @@ def _(
     gate_up_N2F: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    limit: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_weights_TK = torch.empty_like(order_TK, dtype=torch.float32)
     return x_ND.new_empty(grad_TD.shape), d_weights_TK, torch.empty_like(gate_up), torch.empty_like(down)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Sorted inputs and the gate/up activations are what the backward pass needs; they have no gradient."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:], *inputs[3:])
+    ctx.save_for_backward(*output[1:], *inputs[3:5])
+    ctx.limit = inputs[5]
     ctx.weights_dtype = inputs[2].dtype
 
 
 def _gradients(ctx: Any, grad_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    d_x_TD, d_weights_TK, d_gate_up, d_down = _experts_backward(grad_TD, *ctx.saved_tensors)
-    return d_x_TD, None, d_weights_TK.to(ctx.weights_dtype), d_gate_up, d_down
+    d_x_TD, d_weights_TK, d_gate_up, d_down = _experts_backward(grad_TD, *ctx.saved_tensors, ctx.limit)
+    return d_x_TD, None, d_weights_TK.to(ctx.weights_dtype), d_gate_up, d_down, None
 
 
 _experts.register_autograd(_gradients, setup_context=_keep)
