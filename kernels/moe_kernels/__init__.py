@@ -4,5 +4,6 @@
 """
 
 from moe_kernels.reference.experts import experts
+from moe_kernels.reference.newton_schulz import newton_schulz
 
-__all__ = ["experts"]
+__all__ = ["experts", "newton_schulz"]
