@@ -15,7 +15,6 @@ from model.lora import add_lora
 from model.optim import Muon, adamw, muon, role
 from model.schedule import batch_rows, first_row, learning_rate, mtp_weight
 
-QUINTIC = COEFFICIENTS[0]
 TABLES = {"model.embed_tokens.weight": (96, 16), "lm_head.weight": (96, 16)}
 VECTORS = {
     "model.norm.weight": (16,), "model.hc_head.hc_base": (4,), "model.hc_head.hc_scale": (1,),
@@ -95,8 +94,8 @@ def five_steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Tensor
 def paths(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(ours, torch's) with five steps of the one set of coefficients and the same rms."""
     mine, theirs = (nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape)) for _ in range(2))
-    ours = Muon([matrix_group(mine, rms=0.2)], 0.02, coefficients=[QUINTIC] * 5, dtype=dtype)
-    other = torch.optim.Muon([theirs], lr=0.02, ns_coefficients=QUINTIC, ns_steps=5, adjust_lr_fn="match_rms_adamw")
+    ours = Muon([matrix_group(mine, rms=0.2)], 0.02, coefficients=COEFFICIENTS[:5], dtype=dtype)
+    other = torch.optim.Muon([theirs], lr=0.02, adjust_lr_fn="match_rms_adamw")
     return five_steps(ours, mine), five_steps(other, theirs)
 
 
@@ -134,7 +133,7 @@ def test_batched_muon_equals_a_float64_loop_over_matrices(batch_elements: int, p
 
 def orthogonal(x: Tensor) -> Tensor:
     x = x / x.norm()
-    for a, b, c in COEFFICIENTS:
+    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 8 + [(2, -1.5, 0.5)] * 2:
         gram = x @ x.T
         x = a * x + b * gram @ x + c * gram @ gram @ x
     return x
