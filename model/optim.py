@@ -47,9 +47,7 @@ class Muon(torch.optim.Optimizer):
         self.coefficients = coefficients
         device = self.param_groups[0]["params"][0].device
         self.dtype = dtype or devices.matmul_dtype(device)
-        self.batch_elements = (
-            2**20 if device.type == "cpu" else 2**26
-        )  # a batch stays in the cache; large ones fill cores
+        self.batch_elements = 2**20 if device.type == "cpu" else 2**26  # a cache holds the one, the other fills cores
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
