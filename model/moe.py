@@ -95,16 +95,14 @@ class HashRouter(Router):
 
 
 def balanced_table(config: ModelConfig) -> Tensor:
-    """[V, K] int64. E tokens at a time take a random order of the experts at K different shifts, so that each expert
-    is taken K times and no token takes one twice."""
+    """[V, K] int64. E neighbouring ids at a time take a random order of the experts at K different shifts: each expert
+    is taken K times, and no token takes one twice. A BPE's ids go from frequent to rare, so load is balanced too."""
     vocabulary, chosen, number = config.vocab_size, config.num_experts_per_tok, config.n_routed_experts
     generator = torch.Generator("cpu").manual_seed(0)
     rounds = -(-vocabulary // number)
     order_RE, shift_RE = (torch.rand(rounds, number, generator=generator, device="cpu").argsort() for _ in range(2))
     place_RX = (torch.arange(number, device="cpu")[:, None] + shift_RE[:, None, :chosen]).flatten(1) % number
-    table_VK = order_RE.gather(1, place_RX).view(-1, chosen)[:vocabulary]
-    mixed_VK = table_VK[torch.randperm(vocabulary, generator=generator, device="cpu")]
-    return mixed_VK.to(torch.get_default_device())
+    return order_RE.gather(1, place_RX).view(-1, chosen)[:vocabulary].to(torch.get_default_device())
 
 
 class Experts(nn.Module):
