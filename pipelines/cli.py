@@ -85,7 +85,7 @@ def demo() -> None:
     version = register_version(params.register_, RELEASE, REPORTS)
     typer.echo(f"register   {version.name} version {version.version}, digest {version.tags['digest'][:12]}", err=True)
     try:
-        outcome = promote_version(params.register_, RELEASE, REPORTS, version.version)
+        outcome = promote_version(params.register_, RELEASE, REPORTS, int(version.version))
         word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
         typer.echo(f"promote    version {version.version} {word}", err=True)
     except UserError as error:
@@ -124,7 +124,7 @@ def register() -> None:
 
 
 @app.command()
-def promote(version: Annotated[str | None, typer.Argument(help="the challenger when none is named")] = None) -> None:
+def promote(version: Annotated[int | None, typer.Argument(help="the challenger when none is named")] = None) -> None:
     """Make a version the champion, if every gate holds."""
     from pipelines.params import load_params
     from pipelines.register import promote as promote_version

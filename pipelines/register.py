@@ -49,7 +49,7 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     tracking.create_model(client, params.name, "The review page of a version says why it exists.")
     known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
     version = known[0] if known else _create(client, params, release, reports, digests)
-    if version.version != number(client, params.name, CHAMPION):
+    if int(version.version) != number(client, params.name, CHAMPION):
         client.set_registered_model_alias(params.name, CHALLENGER, version.version)
     return version
 
@@ -77,7 +77,7 @@ def gates(params: Register, reports: Path, champion_bits: float | None) -> list[
     ]
 
 
-def promote(params: Register, release: Path, reports: Path, version: str | None = None) -> dict[str, Any]:
+def promote(params: Register, release: Path, reports: Path, version: int | None = None) -> dict[str, Any]:
     """Make a version (the challenger, when none is named) the champion; returns the release record.
 
     Raises `UserError` that names every gate which does not hold; nothing is moved then.
@@ -85,7 +85,7 @@ def promote(params: Register, release: Path, reports: Path, version: str | None 
     client = tracking.connect()
     chosen = _chosen(client, params.name, version)
     live = tracking.version_behind(client, params.name, CHAMPION)
-    if live and live.version == chosen.version:
+    if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
     found = [*gates(params, reports, bits_of(live)), *_promotion_gates(chosen, release)]
     if failed := [gate for gate in found if not gate.passed]:
@@ -146,10 +146,10 @@ def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     return sorted(found, key=lambda version: int(version.version), reverse=True)
 
 
-def number(client: MlflowClient, name: str, alias: str) -> str | None:
+def number(client: MlflowClient, name: str, alias: str) -> int | None:
     """The version behind an alias."""
     found = tracking.version_behind(client, name, alias)
-    return found.version if found else None
+    return int(found.version) if found else None
 
 
 def bits_of(version: ModelVersion | None) -> float | None:
@@ -157,11 +157,11 @@ def bits_of(version: ModelVersion | None) -> float | None:
     return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
 
 
-def _chosen(client: MlflowClient, name: str, version: str | None) -> ModelVersion:
+def _chosen(client: MlflowClient, name: str, version: int | None) -> ModelVersion:
     if version is None:
         found = tracking.version_behind(client, name, CHALLENGER) or tracking.version_behind(client, name, CHAMPION)
     else:
-        found = next((known for known in versions(client, name) if str(known.version) == version), None)
+        found = next((known for known in versions(client, name) if int(known.version) == version), None)
     if found is None:
         what = f"no version {version}" if version else "no challenger and no champion"
         raise UserError(f"{name} has {what}; `shovel register` makes a version.")
@@ -215,13 +215,13 @@ def _description(chat: dict[str, Any], digest: str) -> str:
 def _promotion_gates(chosen: ModelVersion, release: Path) -> list[Gate]:
     """What can change after the reports were written: the working tree, the folder, and the reports themselves."""
     loose = repository.uncommitted_sources()
-    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
+    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "nothing else differs"
     same = folder_digest(file_digests(release)) == chosen.tags.get("digest")
     stale = repository.stale_stages()
     return [
         Gate("everything committed but dvc.lock and reports/", not loose, state),
         Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
-        Gate("nothing to reproduce", not stale, f"`dvc status` names {', '.join(stale)}" if stale else "it is"),
+        Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}"),
     ]
 
 
@@ -245,7 +245,7 @@ def _move(
         client.set_registered_model_alias(name, CHAMPION, chosen.version)
         if live:
             client.set_registered_model_alias(name, PREVIOUS, live.version)
-        if number(client, name, CHALLENGER) == chosen.version:
+        if number(client, name, CHALLENGER) == int(chosen.version):
             client.delete_registered_model_alias(name, CHALLENGER)
     return record
 

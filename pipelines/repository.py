@@ -64,7 +64,7 @@ def stages() -> dict[str, Any]:
 
 def stale_stages() -> list[str]:
     """Stages whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
-    command = [sys.executable, "-m", "dvc", "status", "--json", "--quiet"]
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"`dvc status` fails ({(done.stderr.strip().splitlines() or ['?'])[0]}); mend that first.")
