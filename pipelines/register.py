@@ -215,7 +215,7 @@ def _description(chat: dict[str, Any], digest: str) -> str:
 def _promotion_gates(chosen: ModelVersion, release: Path) -> list[Gate]:
     """What can change after the reports were written: the working tree, the folder, and the reports themselves."""
     loose = repository.uncommitted_sources()
-    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "nothing else differs"
+    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
     same = folder_digest(file_digests(release)) == chosen.tags.get("digest")
     stale = repository.stale_stages()
     return [

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 REPORTS = Path("reports")
+ROOM = 32 << 20  # bytes on the disk that a stage leaves to DVC and MLflow, which take a full disk badly
 console = Console(stderr=True, highlight=False)
 
 
@@ -46,11 +47,13 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
     label = f"{name}-{variant}" if variant else name
     with exits(label):
         params = load_params()
+        require_room()
         with tracking.stage_run(label, getattr(params, name, None)) as run:
             metrics = function(params, run)
             run.log(flat(metrics))
             write_json(REPORTS / f"{label}.json", metrics)
             write_json(REPORTS / "runs" / f"{label}.json", {"experiment_id": run.experiment_id, "run_id": run.run_id})
+            require_room()
 
 
 @contextmanager
@@ -83,6 +86,12 @@ def advice(error: BaseException) -> tuple[str, int] | None:
         case PermissionError() if error.filename:
             return f"{error.filename} is not yours to use; correct its permissions and run again.", 2
     return None
+
+
+def require_room() -> None:
+    """Raises `OSError` (no space left) when less than `ROOM` is free here."""
+    if shutil.disk_usage(Path.cwd()).free < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(Path.cwd()))
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

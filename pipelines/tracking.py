@@ -73,6 +73,7 @@ def connect() -> MlflowClient:
     from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it also raises
     home().mkdir(parents=True, exist_ok=True)
     with FileLock(_lock_file()):
         try:
