@@ -1,7 +1,7 @@
 # `make` lists what there is to do.
 PYTHON ?= python3
 BIN := .venv/bin
-LOG := .make/install.log
+LOG := .venv/install.log
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
@@ -13,28 +13,26 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .make/core ## raw text to a promoted model, in one go (about 10 minutes)
+demo: .venv/installed-core ## raw text to a promoted model, in one go (about 10 minutes)
 	@shovel demo
 
-test: .make/dev ## the whole test suite
+test: .venv/installed-dev ## the whole test suite
 	@ruff check --quiet . && ruff format --check --quiet . && python -m pytest
 
-lab: .make/lab ## JupyterLab on 127.0.0.1
+lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 	@jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks
 
-ui: .make/core ## the MLflow UI on 127.0.0.1
+ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui
 
-serve: .make/core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
+serve: .venv/installed-core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
 	@shovel serve
 
 # Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
-.make/venv:
-	@mkdir -p .make
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"; exit 2; }
 	@echo "install    .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
-	@touch $@
 
 define install
 	@echo "install    $(1)"
@@ -43,18 +41,18 @@ define install
 	  echo "install    done in $$(($$(date +%s) - start)) s"
 endef
 
-.make/torch: .make/venv constraints.txt
+.venv/installed-torch: constraints.txt | $(BIN)/pip
 	$(call install,torch,torch==2.13.0 -c constraints.txt)
 	@touch $@
 
-.make/core: .make/torch pyproject.toml constraints.txt
+.venv/installed-core: .venv/installed-torch pyproject.toml constraints.txt
 	$(call install,pipeline: DVC MLflow Great Expectations transformers,-c constraints.txt -e .)
 	@touch $@
 
-.make/dev: .make/core
+.venv/installed-dev: .venv/installed-core
 	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
 	@touch $@
 
-.make/lab: .make/core
+.venv/installed-lab: .venv/installed-core
 	$(call install,JupyterLab,-c constraints.txt -e .[lab])
 	@touch $@

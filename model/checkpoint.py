@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ class CheckpointStore:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state of `step` finished steps; returns its folder. Older ones beyond `KEPT` go."""
         target = self.folder / f"step-{step:08d}"
-        fresh = self.folder / f".step-{step:08d}.{os.getpid()}"
+        fresh = self.folder / ".unfinished"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         try:
@@ -48,11 +47,12 @@ class CheckpointStore:
 
     def latest(self) -> dict[str, Any] | None:
         """The newest sound state, or None."""
-        return next(self._sound_states(), None)
+        path = self.latest_path()
+        return None if path is None else torch.load(path / "state.pt", weights_only=True)
 
     def latest_path(self) -> Path | None:
-        """Folder of the newest checkpoint, unchecked."""
-        return next(iter(self._newest_first()), None)
+        """Folder of the newest sound checkpoint, or None; warns of the damaged ones before it."""
+        return next((path for path in self._newest_first() if _is_sound(path)), None)
 
     def clear(self) -> None:
         """Remove the store: the training has finished."""
@@ -61,14 +61,16 @@ class CheckpointStore:
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
-    def _sound_states(self) -> Iterator[dict[str, Any]]:
-        for path in self._newest_first():
-            try:
-                if (path / "sha256").read_text() != _sha256(path / "state.pt"):
-                    raise ValueError("its sha256 differs")
-                yield torch.load(path / "state.pt", weights_only=True)
-            except Exception as error:  # whatever is wrong with this one, the one before it may be sound
-                warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before it", stacklevel=3)
+
+def _is_sound(path: Path) -> bool:
+    """Whether the state is the one that was written; warns when it is not."""
+    try:
+        sound = (path / "sha256").read_text() == _sha256(path / "state.pt")
+    except OSError:
+        sound = False
+    if not sound:
+        warnings.warn(f"checkpoint {path} is damaged or half written; taking the one before it", stacklevel=3)
+    return sound
 
 
 def _sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import re
+import signal
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -108,7 +109,10 @@ def _side_by_side(work: Any, files: list[dict[str, str]], advance: Any) -> Itera
             advance()
         return
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for items in pool.map(work, paths, chunksize=16):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
+        converted = pool.map(work, paths, chunksize=16)
+        signal.signal(signal.SIGINT, before)
+        for items in converted:
             yield items
             advance()
 
@@ -117,7 +121,10 @@ def read(folder: Path, kind: str, use: str, path: str) -> list[Item]:
     """The documents or dialogues of one file; a file that gives nothing gives its reason."""
     file = folder / path
     if file.suffix == ".parquet":
-        return _from_records(pq.read_table(file).to_pylist(), use)
+        try:
+            return _from_records(pq.read_table(file).to_pylist(), use)
+        except pa.ArrowInvalid:
+            return [Item(dropped="binary")]
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -142,7 +149,7 @@ def _as_text(text: str, kind: str, suffix: str) -> str:
 
 def _from_jsonl(text: str, use: str) -> list[Item]:
     items: list[Item] = []
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(str.strip, text.split("\n")):
         try:
             items += _from_records([json.loads(line)], use)
         except json.JSONDecodeError:

@@ -21,17 +21,19 @@ REPORTS, CLEAN, RELEASE = Path("reports"), Path("data/clean"), Path("data/models
 
 
 def main() -> None:
-    """Entry point: a person's mistake becomes one sentence and exit code 2."""
-    from pipelines.params import UserError
+    """Entry point, from any folder of the repository: a person's mistake becomes one sentence and exit code 2."""
+    from pipelines.repository import root
+    from pipelines.stage import advice
 
+    os.chdir(root())
     try:
         app()
-    except UserError as error:
-        print(f"shovel: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("shovel: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        found = advice(error)
+        if found is None:
+            raise
+        print(f"shovel: {found[0]}", file=sys.stderr)
+        sys.exit(found[1])
 
 
 @app.command()
@@ -47,7 +49,7 @@ def check() -> None:
 
 
 @app.command()
-def use(preset: Annotated[str, typer.Argument(help="demo, laptop or node")]) -> None:
+def use(preset: Annotated[str, typer.Argument(help="demo or laptop")]) -> None:
     """Rewrite params.yaml for another scale; git shows the change."""
     from pipelines.params import UserError, load_params
 
@@ -83,7 +85,7 @@ def demo() -> None:
     version = register_version(params.register_, RELEASE, REPORTS)
     typer.echo(f"register   {version.name} version {version.version}, digest {version.tags['digest'][:12]}", err=True)
     try:
-        outcome = promote_version(params.register_, RELEASE, REPORTS, version.version)
+        outcome = promote_version(params.register_, RELEASE, REPORTS, int(version.version))
         word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
         typer.echo(f"promote    version {version.version} {word}", err=True)
     except UserError as error:
@@ -122,7 +124,7 @@ def register() -> None:
 
 
 @app.command()
-def promote(version: Annotated[str | None, typer.Argument(help="the challenger when none is named")] = None) -> None:
+def promote(version: Annotated[int | None, typer.Argument(help="the challenger when none is named")] = None) -> None:
     """Make a version the champion, if every gate holds."""
     from pipelines.params import load_params
     from pipelines.register import promote as promote_version
@@ -211,13 +213,22 @@ def _dvc() -> list[str]:
 def _repro(stages: list[str]) -> None:
     """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
     start = time.monotonic()
-    done = subprocess.run([*_dvc(), "repro", "--quiet", *stages], check=False)
-    if done.returncode:
+    code = _wait(subprocess.Popen([*_dvc(), "repro", "--quiet", *stages]))
+    if code:
         typer.echo(
             f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what the line above names", err=True
         )
-        raise typer.Exit(2 if done.returncode == 255 else done.returncode)
+        raise typer.Exit(2 if code == 255 else abs(code))
     typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Exit code; Ctrl-C reaches the whole group, and the child is given the time to put things back."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def _require_free(port: int) -> None:

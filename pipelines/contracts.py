@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CLEAN, CHAT, REPORTS = Path("data/clean"), Path("data/chat"), Path("reports")
 ACCEPTED, PAGE, FAILED = REPORTS / "profile.json", REPORTS / "contracts.html", REPORTS / "contracts-failed.html"
-LANGUAGE = r"^(code|[a-z]{2,3}([_-][A-Z][a-z]{3})?([_-]([A-Z]{2}|\d{3}))?(@[a-z]+)?)$"
+LANGUAGE = r"^(?:code|[a-z]{2,3}(?:[_-][A-Z][a-z]{3})?(?:[_-](?:[A-Z]{2}|\d{3}))?(?:@[a-z]+)?)$"
 SECRET = re.compile(
     r"[\w.+-]+@[\w-]+\.[a-z]{2,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:sk|ghp|gho|xox[bp])[-_]\w{20,}"
 )
@@ -358,8 +358,8 @@ def _finding(suite: str, result: Any) -> Finding:
         observed += f" ({examples})" if examples else ""
     else:
         observed = _shown(found.get("observed_value", found))
-    if not result.success and result.exception_info.get("raised_exception"):
-        observed = str(result.exception_info.get("exception_message"))
+    if not found:
+        observed = f"it could not be checked: {result.exception_info}"
     return Finding(suite, config.type, config.meta["what"], observed, config.meta["limit"], bool(result.success))
 
 

@@ -56,8 +56,9 @@ def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) ->
 
 def compare(net: MoETransformer, folder: Path, samples: list[torch.Tensor]) -> tuple[float, float]:
     """(largest |ours - theirs| of the logits in fp32, share of positions with the same best token)."""
-    from transformers import AutoModelForCausalLM  # four seconds of import
+    from transformers import AutoModelForCausalLM, logging  # four seconds of import
 
+    logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     differences, agreements = [], []
     with torch.no_grad():

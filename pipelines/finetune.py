@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tiktoken
 
 from model.data import PackedDialogues
@@ -23,7 +24,7 @@ from pipelines.corpus import dialogues
 from pipelines.encode import ASSISTANT, BOS, EOS, USER, load_encoder
 from pipelines.params import Finetune, UserError
 from pipelines.tracking import Run
-from pipelines.training import finish, fit
+from pipelines.training import fit
 
 BASE, CHAT, TUNED = Path("data/models/base"), Path("data/chat"), Path("data/models/chat")
 CURVE = Path("reports/plots/finetune.csv")
@@ -33,16 +34,17 @@ def finetune(params: Finetune, base: Path, chat: Path, tuned: Path, curve: Path,
     """Train `base` on the train split of the dialogues; writes the folder `tuned` and the CSV `curve`."""
     net = models.load(base, made_by="pretrain")
     encoder = load_encoder(base)
-    marked = [mark_assistant(messages, encoder) for messages in training_dialogues(params, chat)]
+    talk = training_dialogues(params, chat)
+    marked = [mark_assistant(messages, encoder) for messages in talk["messages"]]
     rows = PackedDialogues(marked, params.sequence_length, params.seed)
     if params.method == "lora":
         add_lora(net, params.lora_rank, params.lora_alpha, params.seed)
     inputs = {"base": _digest(base / "model.safetensors"), "chat": _digest(chat / "dialogues.parquet")}
-    metrics = fit("finetune", net, rows, params, inputs, curve, run)
+    names = [f"{source}/{path}" for source, path in zip(talk["source"], talk["path"], strict=True)]
+    metrics = fit("finetune", net, rows, names, params, inputs, curve, run)
     merge_lora(net)
     with stage.replacing(tuned) as fresh:
         save_pretrained(net, fresh, tokenizer=base)
-    finish("finetune", params, inputs)
     stage.say(
         f"finetune   {len(marked):,} dialogues, {metrics['steps']} steps ({params.method}), "
         f"loss {metrics['loss_first']:.2f} -> {metrics['loss_last']:.2f}"
@@ -50,17 +52,19 @@ def finetune(params: Finetune, base: Path, chat: Path, tuned: Path, curve: Path,
     return metrics | {"dialogues": len(marked)}
 
 
-def training_dialogues(params: Finetune, chat: Path) -> list[Iterable[Mapping[str, str]]]:
-    """Messages of the train split in `params.languages`; raises `UserError` when there are none."""
-    table = dialogues(chat, ["messages", "language", "split"])
+def training_dialogues(params: Finetune, chat: Path) -> pd.DataFrame:
+    """messages, source and path of the train split in `params.languages`; raises `UserError` when there are none."""
+    table = dialogues(chat, ["messages", "source", "path", "language", "split"])
     train = table[table["split"] == "train"]
     chosen = train[train["language"].isin(params.languages)]
+    if train.empty:
+        raise UserError("there are no dialogues to train on; add a source with `use: chat` to data/sources.yaml.")
     if chosen.empty:
         raise UserError(
             f"params.yaml: `finetune.languages` {params.languages} has no dialogues; "
             f"choose among {', '.join(sorted(train['language'].unique()))}."
         )
-    return list(chosen["messages"])
+    return chosen
 
 
 def mark_assistant(messages: Iterable[Mapping[str, str]], encoder: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:

@@ -79,7 +79,7 @@ def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:
 
 def _tags(label: str) -> dict[str, str]:
     """What the lock file says of the stage `label` (`evaluate-base` there is `evaluate@base`)."""
-    lock = repository.root() / "dvc.lock"
+    lock = Path("dvc.lock")
     entry = repository.stages().get(label) or repository.stages().get(label.replace("-", "@", 1)) or {}
     tags = {f"dvc.out.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
     if lock.exists():

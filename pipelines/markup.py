@@ -19,6 +19,7 @@ Dialogue = list[dict[str, str]]
 
 CODE = {"code-block", "console", "sourcecode", "productionlist"}
 SILENT = {"module", "currentmodule", "toctree", "index", "highlight", "program", "contents", "image", "default-domain"}
+SILENT |= {"raw", "include"}
 NATIVE = {"note", "admonition", "warning", "tip", "important", "hint", "caution", "rubric", "parsed-literal", "code"}
 NATIVE |= {"figure", "table", "list-table", "csv-table", "math", "epigraph", "topic", "sidebar", "line-block"}
 PROSE_ROLES = {"doc", "ref", "term", "menuselection", "abbr", "guilabel", "sup", "sub", "title"}

@@ -181,7 +181,8 @@ def checked(schema: type[Schema], content: Any, path: Path) -> Schema:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error.errors()[0], schema)}") from None
+        worst = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key first
+        raise UserError(f"{path}: {_sentence(worst, schema)}") from None
 
 
 def _sentence(problem: dict[str, Any], schema: type[BaseModel]) -> str:

@@ -16,7 +16,7 @@ from model.transformer import build
 from pipelines import stage
 from pipelines.params import Pretrain, UserError
 from pipelines.tracking import Run
-from pipelines.training import finish, fit
+from pipelines.training import fit
 
 TOKENS, BASE, CURVE = Path("data/tokens"), Path("data/models/base"), Path("reports/plots/pretrain.csv")
 
@@ -31,10 +31,10 @@ def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) 
         raise UserError(f"params.yaml: `pretrain.sequence_length`: {error}.") from None
     net = build(config, params.seed)
     inputs = {"tokens": manifest["key"]}
-    metrics = fit("pretrain", net, rows, params, inputs, curve, run)
+    names = [name for shard in manifest["splits"]["train"]["shards"] for name in shard["documents"]]
+    metrics = fit("pretrain", net, rows, names, params, inputs, curve, run)
     with stage.replacing(base) as fresh:
         save_pretrained(net, fresh, tokenizer=tokens)
-    finish("pretrain", params, inputs)
     epochs = metrics["tokens"] / manifest["splits"]["train"]["tokens"]
     stage.say(
         f"pretrain   {metrics['parameters'] / 1e6:.1f} M weights ({metrics['active_parameters'] / 1e6:.1f} M active), "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +49,7 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     tracking.create_model(client, params.name, "The review page of a version says why it exists.")
     known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
     version = known[0] if known else _create(client, params, release, reports, digests)
-    if version.version != number(client, params.name, CHAMPION):
+    if int(version.version) != number(client, params.name, CHAMPION):
         client.set_registered_model_alias(params.name, CHALLENGER, version.version)
     return version
 
@@ -76,7 +77,7 @@ def gates(params: Register, reports: Path, champion_bits: float | None) -> list[
     ]
 
 
-def promote(params: Register, release: Path, reports: Path, version: str | None = None) -> dict[str, Any]:
+def promote(params: Register, release: Path, reports: Path, version: int | None = None) -> dict[str, Any]:
     """Make a version (the challenger, when none is named) the champion; returns the release record.
 
     Raises `UserError` that names every gate which does not hold; nothing is moved then.
@@ -84,14 +85,13 @@ def promote(params: Register, release: Path, reports: Path, version: str | None 
     client = tracking.connect()
     chosen = _chosen(client, params.name, version)
     live = tracking.version_behind(client, params.name, CHAMPION)
-    if live and live.version == chosen.version:
+    if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
     found = [*gates(params, reports, bits_of(live)), *_promotion_gates(chosen, release)]
     if failed := [gate for gate in found if not gate.passed]:
         reasons = "; ".join(f"{gate.name} ({gate.what})" for gate in failed)
         raise UserError(f"version {chosen.version} of {params.name} was not promoted: {reasons}.")
-    _move(client, params.name, chosen.version, live.version if live else None)
-    return _record(reports, params.name, chosen, "promote", live, found)
+    return _move(client, params.name, reports, chosen, live, "promote", found)
 
 
 def rollback(params: Register, reports: Path) -> dict[str, Any]:
@@ -100,8 +100,7 @@ def rollback(params: Register, reports: Path) -> dict[str, Any]:
     previous, live = (tracking.version_behind(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
     if previous is None:
         raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
-    _move(client, params.name, previous.version, live.version if live else None)
-    return _record(reports, params.name, previous, "rollback", live, [])
+    return _move(client, params.name, reports, previous, live, "rollback", [])
 
 
 def status(params: Register) -> dict[str, dict[str, Any]]:
@@ -147,10 +146,10 @@ def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     return sorted(found, key=lambda version: int(version.version), reverse=True)
 
 
-def number(client: MlflowClient, name: str, alias: str) -> str | None:
+def number(client: MlflowClient, name: str, alias: str) -> int | None:
     """The version behind an alias."""
     found = tracking.version_behind(client, name, alias)
-    return found.version if found else None
+    return int(found.version) if found else None
 
 
 def bits_of(version: ModelVersion | None) -> float | None:
@@ -158,11 +157,11 @@ def bits_of(version: ModelVersion | None) -> float | None:
     return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
 
 
-def _chosen(client: MlflowClient, name: str, version: str | None) -> ModelVersion:
+def _chosen(client: MlflowClient, name: str, version: int | None) -> ModelVersion:
     if version is None:
         found = tracking.version_behind(client, name, CHALLENGER) or tracking.version_behind(client, name, CHAMPION)
     else:
-        found = next((known for known in versions(client, name) if str(known.version) == version), None)
+        found = next((known for known in versions(client, name) if int(known.version) == version), None)
     if found is None:
         what = f"no version {version}" if version else "no challenger and no champion"
         raise UserError(f"{name} has {what}; `shovel register` makes a version.")
@@ -173,20 +172,22 @@ def _create(
     client: MlflowClient, params: Register, release: Path, reports: Path, digests: dict[str, str]
 ) -> ModelVersion:
     chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
-    runs = lineage.run_ids(reports)
+    facts = lineage.facts(reports)
     digest = folder_digest(digests)
     tags = {
         "digest": digest,
-        "git.commit": repository.commit(),
-        "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
+        "git.commit": facts["git"]["commit"],
+        "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
         "bits_per_byte": repr(chat["bits_per_byte"]),
+        "device": facts["device"],
         **{f"digest.{name}": value for name, value in digests.items()},
-        **{f"run.{label}": run_id for label, run_id in runs.items()},
+        **{f"dvc.out.{path}": md5 for path, md5 in facts["dvc"].items() if path.startswith("data/")},
+        **{f"run.{label}": run_id for label, run_id in facts["runs"].items()},
+        **{f"seed.{name}": str(seed) for name, seed in facts["seeds"].items()},
+        **{f"version.{name}": number for name, number in facts["packages"].items()},
+        **{f"source.{source['name']}": f"{source['version']} {source['sha256']}" for source in facts["sources"]},
     }
-    hashes = repository.output_hashes()
-    if md5 := hashes.get(release.as_posix()):
-        tags["dvc.md5"] = md5
-    export = tracking.find_run(client, runs.get("export"))
+    export = tracking.find_run(client, facts["runs"].get("export"))
     return client.create_model_version(
         params.name,
         source=_source(release, digest),
@@ -212,53 +213,69 @@ def _description(chat: dict[str, Any], digest: str) -> str:
 
 
 def _promotion_gates(chosen: ModelVersion, release: Path) -> list[Gate]:
-    """What can change after the reports were written: the working tree and the folder."""
+    """What can change after the reports were written: the working tree, the folder, and the reports themselves."""
     loose = repository.uncommitted_sources()
     state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
     same = folder_digest(file_digests(release)) == chosen.tags.get("digest")
+    stale = repository.stale_stages()
     return [
         Gate("everything committed but dvc.lock and reports/", not loose, state),
         Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
+        Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}"),
     ]
 
 
-def _move(client: MlflowClient, name: str, champion: str, previous: str | None) -> None:
-    client.set_registered_model_alias(name, CHAMPION, champion)
-    if previous:
-        client.set_registered_model_alias(name, PREVIOUS, previous)
-    if number(client, name, CHALLENGER) == champion:
-        client.delete_registered_model_alias(name, CHALLENGER)
-
-
-def _record(
-    reports: Path,
+def _move(
+    client: MlflowClient,
     name: str,
-    version: ModelVersion,
+    reports: Path,
+    chosen: ModelVersion,
+    live: ModelVersion | None,
     action: str,
-    before: ModelVersion | None,
-    found: list[dict[str, Any]],
+    found: list[Gate],
 ) -> dict[str, Any]:
-    """Write and return the release record; an existing one is never overwritten."""
+    """Move the aliases and leave the release record, which is returned; an existing one is never overwritten."""
     now = datetime.now(UTC)
-    record = {
+    stem = f"{name}-v{chosen.version}-{now:%Y-%m-%d}"
+    taken = len(list((reports / "releases").glob(f"{stem}*.json")))
+    file = reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json"
+    record = _record(name, chosen, live, action, now) | {"gates": [asdict(gate) for gate in found]}
+    with stage.replacing(file) as fresh:  # a full disk or a dead server: neither alias nor record without the other
+        stage.write_json(fresh, record)
+        client.set_registered_model_alias(name, CHAMPION, chosen.version)
+        if live:
+            client.set_registered_model_alias(name, PREVIOUS, live.version)
+        if number(client, name, CHALLENGER) == int(chosen.version):
+            client.delete_registered_model_alias(name, CHALLENGER)
+    return record
+
+
+def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: str, now: datetime) -> dict[str, Any]:
+    """What was decided, by whom, and where the version comes from: as it was registered, not as the working tree is."""
+    return {
         "action": action,
         "model": name,
-        "version": int(version.version),
-        "replaces": int(before.version) if before else None,
+        "version": int(chosen.version),
+        "replaces": int(live.version) if live else None,
         "at": now.isoformat(timespec="seconds"),
         "by": f"{repository.git('config', 'user.name')} <{repository.git('config', 'user.email')}>",
-        "digests": {
-            key.removeprefix("digest."): value for key, value in version.tags.items() if key.startswith("digest.")
+        "digest": chosen.tags.get("digest"),
+        "digests": _below("digest.", chosen.tags),
+        "bits_per_byte": bits_of(chosen),
+        "lineage": {
+            "git": {"commit": chosen.tags.get("git.commit"), "dirty": chosen.tags.get("git.dirty")},
+            "dvc": _below("dvc.out.", chosen.tags),
+            "runs": _below("run.", chosen.tags),
+            "versions": _below("version.", chosen.tags),
+            "sources": _below("source.", chosen.tags),
+            "seeds": _below("seed.", chosen.tags),
+            "device": chosen.tags.get("device"),
         },
-        "digest": version.tags.get("digest"),
-        "bits_per_byte": bits_of(version),
-        "gates": [asdict(gate) for gate in found],
-        "lineage": lineage.facts(reports),
     }
-    stem = f"{name}-v{version.version}-{now:%Y-%m-%d}"
-    taken = len(list((reports / "releases").glob(f"{stem}*.json")))
-    stage.write_json(reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json", record)
-    return record
+
+
+def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
+    return {key.removeprefix(prefix): value for key, value in sorted(tags.items()) if key.startswith(prefix)}
 
 
 if __name__ == "__main__":

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipelines.params import UserError
+
 
 def root() -> Path:
-    """The repository's root: DVC's (for a temporary experiment the original one), else git's, else here."""
+    """The repository's root: where DVC is (for a temporary experiment the original place), else here."""
     if "DVC_ROOT" in os.environ:
         return Path(os.environ["DVC_ROOT"])
-    return Path(git("rev-parse", "--show-toplevel") or Path.cwd())
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
 def git(*arguments: str) -> str:
     """Output of a git command, the empty string when it fails (no repository, no commit, no git)."""
+    return _git(*arguments).decode(errors="replace").rstrip("\n")
+
+
+def _git(*arguments: str) -> bytes:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], capture_output=True, check=False)
     except FileNotFoundError:
-        return ""
-    return done.stdout.rstrip("\n") if done.returncode == 0 else ""
+        return b""
+    return done.stdout if done.returncode == 0 else b""
+
+
+def committed(path: Path) -> bytes | None:
+    """Content of a file in the commit that is checked out, None when it is not there."""
+    name = os.path.relpath(path)
+    return _git("show", f"HEAD:./{name}") if git("ls-tree", "--name-only", "HEAD", "--", name) else None
 
 
 def commit() -> str:
@@ -32,9 +47,9 @@ def commit() -> str:
 
 
 def uncommitted() -> list[str]:
-    """Paths that differ from the commit, new files included, as git names them."""
-    lines = git("status", "--porcelain", "--untracked-files=all", "--no-renames").splitlines()
-    return [line[3:].strip('"') for line in lines]
+    """Paths that differ from the commit, new files included."""
+    entries = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z").split("\0")
+    return [entry[3:] for entry in entries if entry]
 
 
 def uncommitted_sources() -> list[str]:
@@ -44,7 +59,16 @@ def uncommitted_sources() -> list[str]:
 
 def stages() -> dict[str, Any]:
     """Stages of dvc.lock: name -> cmd, deps, params, outs."""
-    return (_yaml(root() / "dvc.lock") or {}).get("stages", {})
+    return (_yaml(Path("dvc.lock")) or {}).get("stages", {})
+
+
+def stale_stages() -> list[str]:
+    """Stages whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"`dvc status` fails ({(done.stderr.strip().splitlines() or ['?'])[0]}); mend that first.")
+    return sorted(json.loads(done.stdout or "{}"))
 
 
 def output_hashes() -> dict[str, str]:
@@ -55,7 +79,7 @@ def output_hashes() -> dict[str, str]:
 def dependency_hashes(stage: str) -> dict[str, str]:
     """md5 of those inputs of a stage (`evaluate@base`) that other stages made, by path."""
     name, _, variant = stage.partition("@")
-    declared = (_yaml(root() / "dvc.yaml") or {}).get("stages", {}).get(name, {})
+    declared = (_yaml(Path("dvc.yaml")) or {}).get("stages", {}).get(name, {})
     hashes = output_hashes()
     paths = declared.get("deps", [])
     for key in declared.get("matrix", {}):

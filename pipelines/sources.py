@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from pipelines.params import Fetch, Section, UserError, checked, read_yaml
 from pipelines.stage import progress
 
-BLOCK = 1 << 20
+BLOCK = 1 << 16  # bytes; what a broken connection can cost
 SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -133,7 +133,7 @@ class UrlSource(Source):
             return
         attempt = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(params.retries),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=30),
             retry=tenacity.retry_if_exception(_worth_another_try),
             reraise=True,
         )

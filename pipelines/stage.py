@@ -12,23 +12,29 @@ mistake that the message tells how to mend, 130 interrupted, 1 a defect of ours 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines import tracking
+from pipelines import repository, tracking
 from pipelines.params import Params, UserError, load_params
 
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
 REPORTS = Path("reports")
+ROOM = 32 << 20  # bytes on the disk that a stage leaves to DVC and MLflow, which take a full disk badly
 console = Console(stderr=True, highlight=False)
 
 
@@ -41,41 +47,69 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
     label = f"{name}-{variant}" if variant else name
     with exits(label):
         params = load_params()
+        require_room()
         with tracking.stage_run(label, getattr(params, name, None)) as run:
             metrics = function(params, run)
             run.log(flat(metrics))
-        write_json(REPORTS / f"{label}.json", metrics)
-        write_json(REPORTS / "runs" / f"{label}.json", {"experiment_id": run.experiment_id, "run_id": run.run_id})
+            write_json(REPORTS / f"{label}.json", metrics)
+            write_json(REPORTS / "runs" / f"{label}.json", {"experiment_id": run.experiment_id, "run_id": run.run_id})
+            require_room()
 
 
 @contextmanager
 def exits(label: str) -> Iterator[None]:
     """Turn a person's mistakes into one sentence and an exit code; put back what DVC removed before a failed stage."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_, **__: f"{label}: {message}\n"
     try:
         yield
         return
-    except UserError as error:
-        message, code = str(error), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted; the previous output is unchanged.", 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            restore_outputs()
-            raise
-        message, code = f"the disk is full ({error.filename or Path.cwd()}); free some space and run again.", 2
-    except BaseException:
+    except BaseException as error:
+        found = advice(error)
         restore_outputs()
-        raise
-    restore_outputs()
-    print(f"{label}: {message}", file=sys.stderr)
-    sys.exit(code)
+        if found is None:
+            raise
+    print(f"{label}: {found[0]}", file=sys.stderr)
+    sys.exit(found[1])
+
+
+def advice(error: BaseException) -> tuple[str, int] | None:
+    """(sentence, exit code) for what a person can mend; None for a defect of ours, which deserves its traceback."""
+    match error:
+        case UserError():
+            return str(error), 2
+        case KeyboardInterrupt():
+            return "interrupted; the previous output is unchanged.", 130
+        case _ if _disk_is_full(error):
+            where = getattr(error, "filename", None) or Path.cwd()
+            return f"the disk is full ({where}); free some space and run again, the previous output is unchanged.", 2
+        case PermissionError() if error.filename:
+            return f"{error.filename} is not yours to use; correct its permissions and run again.", 2
+    return None
+
+
+def require_room() -> None:
+    """Raises `OSError` (no space left) when less than `ROOM` is free here."""
+    if shutil.disk_usage(Path.cwd()).free < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(Path.cwd()))
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Also where a library wrapped the system's error, or kept only its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(words in str(error) for words in ("No space left on device", "database or disk is full")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def restore_outputs() -> None:
     """Bring back the last outputs of the running DVC stage: DVC deletes them before it starts a command.
 
-    Outside of `dvc repro` nothing was deleted, and nothing is done.
+    Outside of `dvc repro` nothing was deleted, and nothing is done. What git keeps (`cache: false`) comes from DVC's
+    run-cache, or from the commit when its content is the one that dvc.lock names.
     """
     address = os.environ.get("DVC_STAGE")
     if not address:
@@ -84,12 +118,22 @@ def restore_outputs() -> None:
 
     with Repo() as repo:
         for output in repo.stage.load_one(name=address).outs:
-            if not output.hash_info or Path(output.fs_path).exists():
-                continue
-            if output.use_cache:
-                output.checkout(force=True)
-            else:
-                shutil.copyfile(repo.cache.local.oid_to_path(output.hash_info.value), output.fs_path)
+            try:
+                if output.hash_info and output.use_cache:
+                    output.checkout(force=True)
+                elif output.hash_info:
+                    _restore_small(Path(output.fs_path), output.hash_info.value, repo)
+            except Exception as error:  # noqa: BLE001  one that cannot come back must not cost the others
+                print(f"{output}: the previous content could not be restored ({error})", file=sys.stderr)
+
+
+def _restore_small(path: Path, md5: str, repo: Repo) -> None:
+    cached = Path(repo.cache.local.oid_to_path(md5))
+    content = cached.read_bytes() if cached.exists() else repository.committed(path)
+    if content is None or hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise UserError("neither DVC's cache nor the commit holds it; `dvc repro` makes it again")
+    with replacing(path) as fresh:
+        fresh.write_bytes(content)
 
 
 @contextmanager

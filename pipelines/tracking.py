@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,15 +64,32 @@ def is_local() -> bool:
 
 
 def connect() -> MlflowClient:
-    """A client whose database exists: the first use of an empty one happens behind a lock, one process at a time."""
+    """A client whose database exists: the first use of an empty one happens behind a lock, one process at a time.
+
+    Raises `UserError` when the server or the database does not answer.
+    """
     from mlflow import MlflowClient  # two seconds of import
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it also raises
     home().mkdir(parents=True, exist_ok=True)
-    with FileLock(home() / "lock"):
-        client = MlflowClient(tracking_uri=uri(), registry_uri=uri())
-        client.search_experiments(max_results=1)
+    with FileLock(_lock_file()):
+        try:
+            client = MlflowClient(tracking_uri=uri(), registry_uri=uri())
+            client.search_experiments(max_results=1)
+        except (MlflowException, OSError, SQLAlchemyError) as error:
+            raise UserError(
+                f"{_where()} does not answer ({_reason(error)}); check it and MLFLOW_TRACKING_URI, and run again."
+            ) from None
     return client
+
+
+def _lock_file() -> Path:
+    """Beside an sqlite database, so that every repository which uses it takes the same lock; else our own."""
+    scheme, _, path = uri().partition(":///")
+    return Path(f"{path}.lock") if scheme == "sqlite" and Path(path).parent.is_dir() else home() / "lock"
 
 
 def experiment_id(client: MlflowClient) -> str:
@@ -96,6 +113,7 @@ class Run:
         self._buffer: list[tuple[str, float, int, int]] = []
         self._flushed = time.monotonic()
         self._logged: dict[str, int] = {}
+        self._afterwards: list[Callable[[], None]] = []
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Metrics of a step; a point that a resumed run has already is left out."""
@@ -122,21 +140,35 @@ class Run:
 
     def resume(self, key: str) -> None:
         """Continue the run of a killed process that trained the same thing, instead of this new one."""
-        earlier = self._earlier(key) if self._client else None
-        if earlier is None or self._client is None:
-            return
-        self._client.delete_run(self.run_id)
-        tags = self._client.get_run(self.run_id).data.tags
-        self.run_id = earlier.info.run_id
-        for name in earlier.data.metrics:
-            self._logged[name] = max(m.step for m in self._client.get_metric_history(self.run_id, name))
+        try:
+            earlier = self._earlier(key) if self._client else None
+            if earlier is not None and self._client is not None:
+                self._continue(self._client, earlier)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with tracking, the training goes on
+            _warn(error)
+            self._client = None
+
+    def _continue(self, client: MlflowClient, earlier: MlflowRun) -> None:
+        logged = {
+            name: max(point.step for point in client.get_metric_history(earlier.info.run_id, name))
+            for name in earlier.data.metrics
+        }
+        tags = client.get_run(self.run_id).data.tags
+        client.delete_run(self.run_id)
+        self.run_id, self._logged = earlier.info.run_id, logged
         self._send({"status": "RUNNING"})
         self._send({"tags": {name: tags[name] for name in (PARENT, *_process_tags()) if name in tags}})
+
+    def when_finished(self, action: Callable[[], None]) -> None:
+        """Do this once everything that the run makes is written: dropping checkpoints, for example."""
+        self._afterwards.append(action)
 
     def end(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
         self.flush()
         self._send({"status": status})
+        for action in self._afterwards if status == "FINISHED" else ():
+            action()
 
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
@@ -304,29 +336,50 @@ def _pending(run_id: str) -> Path:
 
 
 def sync_pending(client: MlflowClient) -> dict[str, str]:
-    """Deliver what servers have missed; returns {provisional run id: real one} of runs that had to be made."""
+    """Deliver what servers have missed; returns {provisional run id: real one} of runs that had to be made.
+
+    May be repeated after an outage in its midst: a run is made once, and points that are there already stay single.
+    """
     made = {}
     for file in sorted((home() / "pending").glob("*.jsonl")):
         messages = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         run_id = file.stem
         if "create" in messages[0]:
-            first = messages.pop(0)
-            arguments = {"run_name": first["create"], "tags": first["tags"], "start_time": first["start"]}
-            made[run_id] = client.create_run(experiment_id(client), **arguments).info.run_id
+            made[run_id] = run_id = _create_late(client, run_id, messages.pop(0))
         for message in messages:
-            _deliver(client, made.get(run_id, run_id), message)
+            if "artifact" not in message or Path(message["artifact"]).exists():
+                _deliver(client, run_id, message)
         file.unlink()
     return made
 
 
+def _create_late(client: MlflowClient, provisional: str, message: dict[str, Any]) -> str:
+    experiment = experiment_id(client)
+    found = client.search_runs([experiment], f"tags.pending = '{provisional}'", max_results=1)
+    if found:
+        return found[0].info.run_id
+    tags = message["tags"] | {"pending": provisional}
+    run = client.create_run(experiment, run_name=message["create"], tags=tags, start_time=message["start"])
+    return run.info.run_id
+
+
 def _warn(error: Exception) -> None:
-    where = "the local tracking database" if is_local() else uri()
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     print(
-        f"tracking   {where} does not answer ({reason}); this run is kept in {home() / 'pending'}, "
+        f"tracking   {_where()} does not answer ({_reason(error)}); this run is kept in {home() / 'pending'}, "
         f"`shovel link` delivers it later",
         file=sys.stderr,
     )
+
+
+def _where() -> str:
+    return "the local tracking database" if is_local() else f"the tracking server {uri()}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, short; of a chain the innermost says most."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
 def create_model(client: MlflowClient, name: str, description: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,20 @@ CODE = ("model", "kernels/moe_kernels")
 
 
 def fit(
-    stage: str, net: MoETransformer, rows: Rows, params: Training, inputs: dict[str, str], curve: Path, run: Run
+    stage: str,
+    net: MoETransformer,
+    rows: Rows,
+    names: Sequence[str],
+    params: Training,
+    inputs: dict[str, str],
+    curve: Path,
+    run: Run,
 ) -> dict[str, Any]:
     """Train `net` in place, resuming where a killed run of the same inputs stopped.
 
-    inputs: digests of what the weights depend on besides params and code. curve: CSV of the loss, one row a step.
-    Returns the stage's metrics; raises `UserError` when the loss stops being finite.
+    names: of the documents in `rows`. inputs: digests of what the weights depend on besides params and code. curve: CSV
+    of the loss, one row a step. The checkpoints go when `run` has finished, that is, when the stage has written all it
+    makes. Returns the stage's metrics; raises `UserError` when the loss stops being finite.
     """
     devices.prepare()
     device = devices.default()
@@ -52,14 +61,10 @@ def fit(
         try:
             history = train(net, rows, config, store, device, report)
         except DivergedError as error:
-            raise UserError(_advice(stage, error)) from None
+            raise UserError(_advice(stage, error, names)) from None
     _write_curve(curve, history)
+    run.when_finished(store.clear)
     return _metrics(net.config, config, history, device)
-
-
-def finish(stage: str, params: Training, inputs: dict[str, str]) -> None:
-    """Remove the checkpoints of a training whose weights are safely written."""
-    CheckpointStore(root() / ".checkpoints" / stage / checkpoint_key(params, inputs)).clear()
 
 
 def checkpoint_key(params: Training, inputs: dict[str, str]) -> str:
@@ -79,8 +84,9 @@ def _live(model: ModelConfig, config: TrainConfig, record: Record, device: torch
     return f"loss {record['loss']:.3f}  {speed:,.0f} tokens/s  {share:.1%} of peak"
 
 
-def _advice(stage: str, error: DivergedError) -> str:
-    documents = ", ".join(map(str, error.documents[:20])) + (" ..." if len(error.documents) > 20 else "")
+def _advice(stage: str, error: DivergedError, names: Sequence[str]) -> str:
+    documents = ", ".join(names[number] for number in error.documents[:8])
+    documents += f" and {len(error.documents) - 8} more" if len(error.documents) > 8 else ""
     last = f"the last good checkpoint is {error.checkpoint}" if error.checkpoint else "there is no checkpoint yet"
     return (
         f"the loss of step {error.step} is not finite (documents of the batch: {documents}); {last}: "

@@ -98,6 +98,7 @@ def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> N
     export.write_text(json.dumps(json.loads(sound) | {"max_logit_difference": 0.1}))
     refused = project.run("shovel", "promote", check=False)
     assert refused.returncode == 2 and "export parity" in refused.stderr
+    assert "`dvc status` names export" in refused.stderr
     export.write_text(sound)
 
     project.run("shovel", "promote")

@@ -1,0 +1,343 @@
+"""From raw files to documents, contracts and tokens: on small cases, and on every default source."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from pipelines.baselines import KneserNey
+from pipelines.clean import clean, normal, split_of
+from pipelines.contracts import CONTAMINATED, accept, contracts, overlap, runs
+from pipelines.encode import SPECIAL, encode, load_encoder, train_tokenizer
+from pipelines.finetune import mark_assistant
+from pipelines.markup import as_dialogue, po_to_text, rst_to_text
+from pipelines.params import Clean, Contracts, Encode, UserError, load_params
+
+ROOT = Path(__file__).parents[2]
+PARAMS = load_params(ROOT / "params.yaml")
+
+
+def raw(folder: Path, **sources: dict) -> Path:
+    """data/raw with sources {name: {"use": ..., "files": {path: text or bytes}}}."""
+    entries = []
+    for name, source in sources.items():
+        for path, content in source["files"].items():
+            (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / path).write_bytes(content.encode() if isinstance(content, str) else content)
+        files = [{"path": path, "language": "en"} for path in source["files"]]
+        entries.append({"name": name, "licence": "MIT", "use": source["use"], "format": "auto", "files": files})
+    (folder / "manifest.json").write_text(json.dumps({"sources": entries}))
+    return folder
+
+
+def text(seed: int, words: int = 120) -> str:
+    random = np.random.default_rng(seed)
+    return " ".join("".join(random.choice(list("abcdefghij"), 5)) for _ in range(words))
+
+
+def parquet(columns: dict[str, list]) -> bytes:
+    buffer = io.BytesIO()
+    pd.DataFrame(columns).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+def cleaned(folder: Path, params: Clean, **sources: dict) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    profile = clean(params, raw(folder / "raw", **sources), folder / "clean", folder / "chat")
+    tables = [pd.read_parquet(path) for path in (folder / "clean/documents.parquet", folder / "chat/dialogues.parquet")]
+    return *tables, profile
+
+
+SMALL = Clean(heldout_percent=20.0, min_characters=20, max_characters=1000)
+PLAIN = {"use": "pretrain", "files": {f"{n}.txt": text(n) for n in range(30)}}
+
+
+def test_every_reason_to_drop_is_counted(tmp_path: Path) -> None:
+    files = PLAIN["files"] | {
+        "copy.txt": text(3) + "\n",
+        "empty.txt": " \n ",
+        "short.txt": "too short",
+        "binary.txt": b"\xff\xfe\x00",
+        "nul.txt": b"text with a \0 inside that is long enough",
+        "eval.txt": text(99),
+        "lines.jsonl": json.dumps({"text": text(50), "language": "de"}) + '\n{"broken\n[1]\n',
+        "rows.parquet": parquet({"text": [text(60), text(61)], "language": ["fr", "fr"], "extra": [1, 2]}),
+        "line.jsonl": json.dumps({"text": text(51, 40) + "\u2028" + text(52, 40)}, ensure_ascii=False),
+        "torn.parquet": parquet({"text": [text(62)]})[:200],
+    }
+    table, _, profile = cleaned(
+        tmp_path, SMALL, a={"use": "pretrain", "files": files}, b={"use": "eval", "files": {"x.txt": text(99)}}
+    )
+    assert profile["a"]["dropped"] == {
+        "binary": 3, "copy_of_eval": 1, "empty": 1, "exact_duplicate": 1, "malformed": 2, "too_short": 1,
+    }  # fmt: skip
+    assert profile["a"]["kept"] == 34 and profile["a"]["raw_documents"] == 43
+    assert set(table["split"][table["source"] == "b"]) == {"heldout"}
+    assert table[table["language"] == "de"]["text"].tolist() == [text(50)]
+    assert table[table["language"] == "fr"]["text"].tolist() == [text(60), text(61)]
+    assert table["sha256"].is_unique and table["path"].is_unique
+
+
+def test_the_tables_are_the_same_bytes_again_and_splits_follow_the_hash(tmp_path: Path) -> None:
+    first, _, _ = cleaned(tmp_path / "1", SMALL, a=PLAIN)
+    more = PLAIN["files"] | {f"more{n}.txt": text(1000 + n) for n in range(30)}
+    second, _, _ = cleaned(tmp_path / "2", SMALL, a={"use": "pretrain", "files": more})
+    cleaned(tmp_path / "3", SMALL, a=PLAIN)
+    for name in ("clean/documents.parquet", "chat/dialogues.parquet", "clean/profile.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+    splits = second.set_index("sha256")["split"]
+    assert (splits[first["sha256"]].to_numpy() == first["split"].to_numpy()).all()
+    assert [split_of(s, "pretrain", 20.0) for s in first["sha256"]] == first["split"].tolist()
+
+
+def test_long_documents_are_split_and_nothing_is_lost(tmp_path: Path) -> None:
+    paragraphs = [text(n, 20) for n in range(40)]
+    table, _, _ = cleaned(
+        tmp_path, SMALL, a={"use": "pretrain", "files": PLAIN["files"] | {"long.txt": "\n\n".join(paragraphs)}}
+    )
+    parts = table[table["path"].str.startswith("long.txt#")]
+    ordered = parts.iloc[parts["path"].str.split("#").str[1].astype(int).argsort()]
+    assert ordered["text"].str.len().max() <= 1000
+    assert "\n\n".join(ordered["text"]).split() == "\n\n".join(paragraphs).split()
+
+
+def test_lines_that_many_documents_share_are_furniture(tmp_path: Path) -> None:
+    menu = "Home | Products | Documentation | Support | Contact us today"
+    files = {f"{n}.txt": f"{menu}\n{text(n)}" for n in range(30)} | {
+        f"m{n}.txt": menu + "\n" + "ab " * n for n in range(3)
+    }
+    table, _, profile = cleaned(tmp_path, SMALL, a={"use": "pretrain", "files": files})
+    assert not table["text"].str.contains("Products").any()
+    assert profile["a"]["dropped"]["boilerplate"] == 3
+
+
+@given(st.text())
+def test_normal_text_stays_normal(anything: str) -> None:
+    once = normal(anything)
+    assert normal(once) == once and "\r" not in once and "\0" not in once
+
+
+def test_restructured_text_reads_well() -> None:
+    source = """
+Title
+=====
+
+.. module:: secret
+.. versionadded:: 5.2
+
+See :class:`~django.db.Model`, :doc:`/topics/x`, :ref:`the part <label>` and ``code``.
+A line goes on.
+
+.. code-block:: python
+    :linenos:
+
+    x = 1
+
+.. attribute:: Field.null
+
+   It may be empty.
+
+* one
+* two
+
+.. note:: Careful.
+
+.. raw:: html
+   :file: /etc/passwd
+"""
+    assert rst_to_text(source).strip() == (
+        "# Title\n\nNew in version 5.2:\n\nSee `Model`, topics/x, the part and `code`. A line goes on.\n\n    x = 1\n\n"
+        "`Field.null`\n\nIt may be empty.\n\n- one\n- two\n\nNote:\n\nCareful."
+    )
+
+
+def test_catalogues_become_their_translations() -> None:
+    header = 'msgid ""\nmsgstr ""\n"Language: de\\n"\n\n'
+    body = 'msgid "Yes"\nmsgstr "Ja"\n\n#, fuzzy\nmsgid "No"\nmsgstr "Vielleicht"\n\nmsgid "Open"\nmsgstr ""\n\n'
+    body += 'msgid "%d day"\nmsgid_plural "%d days"\nmsgstr[0] "%d Tag"\nmsgstr[1] "%d Tage"\n'
+    assert po_to_text(header + body) == "Ja\n%d Tag\n%d Tage"
+    assert po_to_text((header + body).replace("Language: de", "Language: en")).split("\n")[:2] == ["Yes", "No"]
+
+
+def test_dialogues_alternate_and_end_with_the_assistant() -> None:
+    turns = [{"content": c} for c in ("Hi", "Hello", "Bye")]
+    assert [t["role"] for t in as_dialogue(turns)] == ["user", "assistant"]
+    assert as_dialogue(turns[:1]) is None
+    assert as_dialogue([{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hi"}]) is None
+    assert as_dialogue([{"content": "Hi"}, {"content": "  "}]) is None
+
+
+def check(folder: Path, params: Contracts, accepted: str = "accepted.json") -> dict:
+    return contracts(
+        params, folder / "clean", folder / "chat", folder / accepted, folder / "page.html", folder / "failed.html"
+    )
+
+
+LIMITS = Contracts(min_documents=20)
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+TALK = [json.dumps({"messages": [TURNS[0] | {"content": f"Q{n}"}, TURNS[1]]}) for n in range(20)]
+DIALOGUES = {"use": "chat", "files": {"t.jsonl": "\n".join(TALK)}}
+HELD = {"use": "eval", "files": {f"e{n}.txt": text(500 + n) for n in range(10)}}
+
+
+def test_sound_data_passes_and_the_result_is_the_same_bytes_again(tmp_path: Path) -> None:
+    cleaned(tmp_path, SMALL, a=PLAIN, e=HELD, t=DIALOGUES)
+    first = check(tmp_path, LIMITS)
+    assert first["success"] and {e["suite"] for e in first["expectations"]} == {"documents", "dialogues", "sources"}
+    page = (tmp_path / "page.html").read_text()
+    assert "Training may start" in page and "http://" not in page and "https://" not in page
+    accept(tmp_path / "clean", tmp_path / "accepted.json")
+    again = check(tmp_path, LIMITS)
+    assert "drift" in {e["suite"] for e in again["expectations"]}
+    assert again == check(tmp_path, LIMITS)
+
+
+def edited(original: str) -> str:
+    words = original.split()
+    words[5] = "changed"
+    return "Preface that was not there. " + " ".join(words)
+
+
+LEAKED = [text(500 + n) for n in range(4)]
+POISONS = {
+    "duplicates": ({f"again{n}.txt": text(n) for n in range(15)}, "rarely copies of one another"),
+    "copied": ({f"leak{n}.txt": leak for n, leak in enumerate(LEAKED)}, "word for word"),
+    "edited": ({f"leak{n}.txt": edited(leak) for n, leak in enumerate(LEAKED)}, "13-word runs that"),
+    "joined": ({"all.txt": "\n\n".join(LEAKED)}, "13-word runs that"),
+    "secrets": ({f"{n}.txt": text(n) + " ada@example.org" for n in range(30)}, "e-mail address or a key-like string"),
+    "control": ({f"{n}.txt": text(n).replace(" ", "\x85", 9) for n in range(30)}, "control characters are rare"),
+}
+
+
+@pytest.mark.parametrize(("poison", "reason"), POISONS.values(), ids=POISONS)
+def test_poisoned_sources_are_stopped(tmp_path: Path, poison: dict[str, str], reason: str) -> None:
+    wide = SMALL.model_copy(update={"max_characters": 100_000})
+    cleaned(tmp_path, wide, a={"use": "pretrain", "files": PLAIN["files"] | poison}, e=HELD)
+    limits = LIMITS.model_copy(update={"max_overlap_rate": 0.1})
+    with pytest.raises(UserError, match="is broken.*found .*limit .*failed.html"):
+        check(tmp_path, limits)
+    page = (tmp_path / "failed.html").read_text()
+    broken = page[page.index("<h2>Broken") : page.index("<h2>Sources")]
+    assert reason in broken and not (tmp_path / "page.html").exists()
+
+
+def test_too_few_documents_are_no_corpus(tmp_path: Path) -> None:
+    cleaned(tmp_path, SMALL, a=PLAIN)
+    with pytest.raises(UserError, match="there are enough documents; found 30, limit at least 31"):
+        check(tmp_path, Contracts(min_documents=31))
+
+
+def test_drift_is_named_until_it_is_accepted(tmp_path: Path) -> None:
+    cleaned(tmp_path, SMALL, a=PLAIN)
+    accept(tmp_path / "clean", tmp_path / "accepted.json")
+    shutil.rmtree(tmp_path / "raw")
+    cleaned(
+        tmp_path,
+        SMALL,
+        a={"use": "pretrain", "files": PLAIN["files"] | {f"n{n}.txt": text(200 + n) for n in range(20)}},
+    )
+    with pytest.raises(UserError, match="kept of a.*shovel accept"):
+        check(tmp_path, LIMITS)
+    accept(tmp_path / "clean", tmp_path / "accepted.json")
+    assert check(tmp_path, LIMITS)["success"]
+
+
+def test_overlap_counts_shared_runs() -> None:
+    words = text(1).split()
+    known = np.unique(runs(" ".join(words)))
+    assert overlap(" ".join(words).upper(), known) == 1.0
+    half = " ".join(words[:66] + text(2).split()[:54])
+    assert 0.4 < overlap(half, known) < CONTAMINATED
+    assert overlap("few words", known) == 0.0
+
+
+def test_a_vocabulary_beyond_the_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"`encode.vocab_size` is 5000, but the text yields only \d+"):
+        train_tokenizer(5000, ["just a few words"])
+
+
+def test_the_chat_template_is_what_finetuning_trains_on(corpus: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(corpus / "tokens")
+    ours = load_encoder(corpus / "tokens")
+    messages = [
+        {"role": "user", "content": "Hi  there"}, {"role": "assistant", "content": "Good day\n"},
+        {"role": "user", "content": "你好"}, {"role": "assistant", "content": "."},
+    ]  # fmt: skip
+    ids, marks = mark_assistant(messages, ours)
+    assert theirs.apply_chat_template(messages, tokenize=True, return_dict=False) == ids.tolist()
+    assert ours.decode(ids[marks].tolist()) == f"Good day\n{SPECIAL[1]}.{SPECIAL[1]}"
+    assert [ours.encode_single_token(token) for token in SPECIAL] == list(range(5))
+
+
+@given(st.text())
+def test_both_libraries_give_the_same_ids_for_anything(tokenizers, anything: str) -> None:
+    ours, theirs = tokenizers
+    ids = ours.encode_ordinary(anything)
+    assert ids == theirs(anything, add_special_tokens=False).input_ids
+    assert ours.decode_bytes(ids) == anything.encode()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(corpus: Path) -> tuple:
+    return load_encoder(corpus / "tokens"), AutoTokenizer.from_pretrained(corpus / "tokens")
+
+
+def test_both_libraries_give_the_same_ids_on_every_source(corpus: Path, tokenizers) -> None:
+    ours, theirs = tokenizers
+    table = pd.read_parquet(corpus / "clean/documents.parquet")
+    talk = pd.read_parquet(corpus / "chat/dialogues.parquet")["messages"]
+    texts = [*table["text"], *(" ".join(turn["content"] for turn in turns) for turns in talk)]
+    expected = theirs(texts, add_special_tokens=False).input_ids
+    assert len(texts) > 8000 and expected == ours.encode_ordinary_batch(texts)
+
+
+def test_shards_hold_every_document_between_its_marks(corpus: Path, tmp_path: Path) -> None:
+    encode(Encode(vocab_size=1000, shard_mib=1), corpus / "clean", tmp_path / "tokens")
+    manifest = json.loads((tmp_path / "tokens/manifest.json").read_text())
+    train = manifest["splits"]["train"]
+    assert len(train["shards"]) > 5 and manifest["dtype"] == "uint16"
+    encoder, table = load_encoder(tmp_path / "tokens"), pd.read_parquet(corpus / "clean/documents.parquet")
+    texts = (
+        (table["source"] + "/" + table["path"]).to_frame("name").assign(text=table["text"]).set_index("name")["text"]
+    )
+    count = 0
+    for shard in train["shards"]:
+        ids = np.fromfile(tmp_path / "tokens" / shard["file"], dtype=manifest["dtype"])
+        assert len(ids) <= 2**19 and len(ids) == shard["offsets"][-1] == shard["tokens"]
+        for name, start, end in zip(shard["documents"], shard["offsets"], shard["offsets"][1:], strict=False):
+            assert ids[start] == 0 and ids[end - 1] == 1
+            count += encoder.decode(ids[start + 1 : end - 1].tolist()) == texts[name]
+    assert count == train["documents"] == (table["split"] == "train").sum()
+
+
+def test_the_default_data_keeps_its_contracts(corpus: Path, tmp_path: Path) -> None:
+    accepted = shutil.copyfile(ROOT / "reports/profile.json", tmp_path / "accepted.json")
+    result = contracts(
+        PARAMS.contracts, corpus / "clean", corpus / "chat", accepted, tmp_path / "page.html", tmp_path / "failed.html"
+    )
+    assert result["success"] and {e["suite"] for e in result["expectations"]} == {
+        "documents",
+        "dialogues",
+        "sources",
+        "drift",
+    }
+    table = pd.read_parquet(corpus / "clean/documents.parquet")
+    assert table["language"].nunique() >= 95 and set(table["licence"]) == {"BSD-3-Clause"}
+    documentation, translations = (table["text"][table["source"] == f"django-{s}"] for s in ("docs", "translations"))
+    assert documentation.str.contains(":class:`", regex=False).mean() < 0.02
+    assert not documentation.str.contains(r"^\.\. (?:versionadded|setting)::", regex=True).any()
+    assert not translations.str.contains("msgstr", regex=False).any()
+
+
+def test_the_byte_model_is_a_probability() -> None:
+    model = KneserNey([b"abracadabra" * 20, b"the quick brown fox"])
+    context = b"abra"
+    total = sum(2 ** -(model.bits(context + bytes([byte])) - model.bits(context)) for byte in range(256))
+    assert total == pytest.approx(1.0, abs=1e-9)
+    assert model.bits(b"abracadabra") < model.bits(b"zzzzzzzzzzz")

@@ -1,0 +1,83 @@
+"""Every mistake in params.yaml: the key, what is wrong and what to do, in one sentence; exit code 2, no traceback."""
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipelines.params import Params, Section, UserError, load_params
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "sentence"),
+    [
+        ("pretrain", {"stepps": 5}, "`pretrain.stepps` is not a known key; did you mean `steps`?"),
+        ("pretrain", {"steps": 0}, "`pretrain.steps` is 0"),
+        ("pretrain", {"steps": "many"}, "`pretrain.steps` is 'many'"),
+        ("pretrain", {"learning_rate": -1.0}, "`pretrain.learning_rate` is -1.0"),
+        ("pretrain", {"warmup_steps": 10**6}, "`warmup_steps` (1000000) must be below `steps`"),
+        ("pretrain", {"batch_tokens": 100}, "`batch_tokens` (100) must be a multiple of `sequence_length`"),
+        ("pretrain", {"model": {"preset": "demo", "num_experts_per_tok": 99}}, "num_experts_per_tok (99)"),
+        ("pretrain", {"model": {"preset": "demo", "hiden_size": 9}}, "did you mean 'hidden_size'"),
+        ("pretrain", {"model": {"preset": "tiny"}}, "no preset is called 'tiny'"),
+        ("pretrain", {"model": {}}, "choose one of demo"),
+        ("pretrain", {"model": {"preset": "demo", "vocab_size": 9}}, "set `encode.vocab_size` instead"),
+        ("pretrain", {"precision": "float8"}, "`pretrain.precision` is 'float8'"),
+        ("encode", {"vocab_size": 10}, "`encode.vocab_size` is 10"),
+        ("evaluate", {"sequence_length": 10**6}, "`evaluate.sequence_length` (1000000) must not exceed"),
+        ("finetune", {"method": "dora"}, "`finetune.method` is 'dora'"),
+        ("register", {"name": "a b"}, "`register.name` is 'a b'"),
+    ],
+)
+def test_impossible_values(tmp_path: Path, section: str, changes: dict, sentence: str) -> None:
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    content[section] |= changes
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML().dump(content, file)
+    with pytest.raises(UserError) as caught:
+        load_params(tmp_path / "params.yaml")
+    message = str(caught.value)
+    assert sentence.rstrip("?") in message and "\n" not in message and message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("fetch: [\n", "is not valid YAML at line 2"),
+        ("", "must be a section of keys"),
+        ("fetch: {}\n", "`clean` is missing"),
+        ("- 1\n", "must be a section of keys"),
+    ],
+)
+def test_files_that_are_no_parameters(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_params(tmp_path / "params.yaml")
+    with pytest.raises(UserError, match="is missing; run from"):
+        load_params(tmp_path / "absent.yaml")
+
+
+def test_the_command_prints_one_sentence_and_exits_with_2(fresh_project) -> None:
+    fresh_project.set_params(pretrain={"steps": 0})
+    for command in (["shovel", "check"], ["python", "-m", "pipelines.clean"]):
+        done = fresh_project.run(*command, check=False)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+        assert "`pretrain.steps` is 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_key_is_described_or_plain() -> None:
+    plain = {"weight_decay", "seed", "lora_rank", "lora_alpha"}
+    for name, field in Params.model_fields.items():
+        section = field.annotation
+        assert issubclass(section, Section), name
+        for key, inner in section.model_fields.items():
+            assert inner.description or key in plain, f"{name}.{key}"
+
+
+def test_presets_load_and_demo_is_the_default() -> None:
+    presets = ROOT / "pipelines" / "presets"
+    for path in presets.glob("*.yaml"):
+        load_params(path)
+    assert load_params(presets / "demo.yaml") == load_params(ROOT / "params.yaml")
