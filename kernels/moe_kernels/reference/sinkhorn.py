@@ -30,7 +30,7 @@ class _Sinkhorn(torch.autograd.Function):
         m_NNT = logits_TNN.permute(1, 2, 0).contiguous().softmax(dim=TO).add_(eps)
         for axis in _axes(iterations):
             m_NNT.div_(m_NNT.sum(dim=axis, keepdim=True).add_(eps))
-        return m_NNT.permute(2, 0, 1)
+        return m_NNT.permute(2, 0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad_TNN: Tensor) -> tuple[Tensor, None, None]:
@@ -45,7 +45,7 @@ class _Sinkhorn(torch.autograd.Function):
         for axis, total, m_NNT in reversed(steps):
             grad_NNT = grad_NNT.sub_((grad_NNT * m_NNT).sum(dim=axis, keepdim=True)).div_(total)
         grad_NNT = first_NNT * (grad_NNT - (grad_NNT * first_NNT).sum(dim=TO, keepdim=True))
-        return grad_NNT.permute(2, 0, 1), None, None
+        return grad_NNT.permute(2, 0, 1).contiguous(), None, None
 
 
 def _axes(iterations: int) -> list[int]:
