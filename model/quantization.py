@@ -1,8 +1,8 @@
 """Block-scaled number formats in which DeepSeek publishes weights, read as fp32.
 
 Shapes: O rows (outputs), I columns (inputs). FP8: e4m3 values, one scale for 128 x 128 (arXiv 2412.19437, section 3.3).
-MXFP4: e2m1 values, two a byte with the first in the low bits, one scale for 32 values of a row (OCP Microscaling
-Formats 1.0, section 5.3). Scales are fp32, or powers of two in e8m0.
+MXFP4: e2m1 values, two a byte with the first in the low bits, one scale for 32 of a row (OCP Microscaling Formats
+specification, version 1.0). Scales are fp32, or powers of two in e8m0.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1 = torch.cat((E2M1, -E2M1))  # the fourth bit is the sign
+PAIRS = torch.stack((E2M1.repeat(16), E2M1.repeat_interleave(16)), dim=1)  # [256, 2]: the two values of every byte
 
 
 @dataclass(frozen=True)
@@ -46,5 +48,4 @@ SCALE_ENDINGS = ("scale", "weight_scale_inv")  # instead of "weight": of V4, of 
 
 def _unpack(packed: Tensor) -> Tensor:
     """fp32 [O, I] from int8 [O, I / 2]."""
-    codes = packed.view(torch.uint8)
-    return E2M1[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()]
+    return F.embedding(packed.view(torch.uint8).int(), PAIRS).flatten(-2)

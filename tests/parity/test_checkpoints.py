@@ -244,3 +244,16 @@ def test_scales_in_another_shard(tmp_path: Path) -> None:
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"missing \S+weight_scale_inv|missing \S+, the scales of \S+weight"):
         read_state(state, tmp_path, ours(config), find_tensors(tmp_path))
+
+
+def test_expert_table_of_hash_routing_is_integer(tmp_path: Path) -> None:
+    config = v4_config([SLIDING], 1)
+    state = randomised(config).state_dict()
+    write_state(state, tmp_path, ours(config), DEEPSEEK, LARGE)
+    file, name = tmp_path / "model.safetensors", "layers.0.ffn.gate.tid2eid"
+    stored = load_file(file)
+    save_file(stored | {name: stored[name].int()}, file)
+    assert_equal(read_state(state, tmp_path, ours(config), find_tensors(tmp_path)), state)
+    save_file(stored | {name: stored[name].float()}, file)
+    with pytest.raises(ValueError, match=f"{name} is of type F32, not I64 or I32"):
+        read_state(state, tmp_path, ours(config), find_tensors(tmp_path))
