@@ -8,11 +8,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
+)
 
+from model import MoETransformer, build, load_pretrained, save_pretrained
 from model.config import HEAVY, SLIDING, SPARSE, ModelConfig
 from model.hf import read_state, write_state
-from model.names import DEEPSEEK, TRANSFORMERS
+from model.names import DEEPSEEK, TRANSFORMERS, copies, layout
 from model.shards import find_tensors
 
 LARGE = 10**9
@@ -257,3 +264,32 @@ def test_expert_table_of_hash_routing_is_integer(tmp_path: Path) -> None:
     save_file(stored | {name: stored[name].float()}, file)
     with pytest.raises(ValueError, match=f"{name} is of type F32, not I64 or I32"):
         read_state(state, tmp_path, ours(config), find_tensors(tmp_path))
+
+
+# tensors in the released folders, scales included
+PUBLISHED = {"v3-671b": 91_991, "v4-flash": 69_187, "v4-pro": 145_116}
+IN_BF16 = ("gate.weight", "norm.weight", "embed", "head", "weights_proj", "compressor", "eh_proj")
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_as_many_tensors_as_were_published(preset: str) -> None:
+    config = ModelConfig.preset(preset)
+    with torch.device("meta"):
+        state = MoETransformer(config).state_dict()
+    stored = layout(state, config, DEEPSEEK).keys() | copies(config).keys()
+    matrices = [name for name in stored if name.endswith("weight") and not any(part in name for part in IN_BF16)]
+    assert len(stored) + len(matrices) == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("form", [TRANSFORMERS, DEEPSEEK])
+@pytest.mark.parametrize("preset", ["demo", "demo-v3"])
+def test_models_with_a_prediction_block_come_back(preset: str, form: str, tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "vocab_size": 64, "moe_intermediate_size": 16, "num_nextn_predict_layers": 1}
+    net = build(ModelConfig.preset(preset).replace(**small), seed=1)
+    save_pretrained(net, tmp_path, format=form, max_shard_bytes=100_000)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config == net.config
+    assert_equal(loaded.state_dict(), net.state_dict())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    trunk = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("mtp.")}
+    assert_equal(theirs, trunk)
