@@ -62,7 +62,9 @@ class LatentAttention(nn.Module):
         cache = context.cache
         if cache is None:
             return kept_BSX, context.causal_mask()
-        real_BS = torch.ones_like(context.positions_BS, dtype=torch.bool) if context.real_BS is None else context.real_BS
+        real_BS = (
+            torch.ones_like(context.positions_BS, dtype=torch.bool) if context.real_BS is None else context.real_BS
+        )
         kept_BTX = cache.slots(layer, "latent").write(kept_BSX, context.positions_BS, real_BS, cache.capacity)
         seen_BST = torch.arange(kept_BTX.shape[1], device=kept_BTX.device) <= context.positions_BS[..., None]
         mask = torch.zeros(seen_BST.shape, device=kept_BTX.device).masked_fill_(~seen_BST, float("-inf"))

@@ -47,7 +47,7 @@ class Slots:
         self.positions_BN: Tensor | None = None
 
     def joined(self, x_BSC: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """(kept vectors in order of position, then the new ones [B, N + S, C]; positions [B, N + S]); keeps the new ones.
+        """(kept vectors in order of position, then the new ones [B, N + S, C]; positions [B, N + S]); keeps the new.
 
         Kept vectors of positions that are taken again, empty slots (they come first) and padding are `NOWHERE`.
         """

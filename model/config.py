@@ -306,12 +306,11 @@ def _attention_parameters(c: ModelConfig, layer: int | None) -> int:
     kind = SLIDING if layer is None else c.layer_types[layer]
     if kind == SLIDING:
         return plain
+    compressor = _compressor_parameters(c, kind, c.head_dim)
     if kind == HEAVY:
-        return plain + _compressor_parameters(c, kind, c.head_dim)
+        return plain + compressor
     indexer = rank * c.index_n_heads * c.index_head_dim + d * c.index_n_heads
-    return (
-        plain + _compressor_parameters(c, kind, c.head_dim) + indexer + _compressor_parameters(c, kind, c.index_head_dim)
-    )
+    return plain + compressor + indexer + _compressor_parameters(c, kind, c.index_head_dim)
 
 
 def _compressor_parameters(c: ModelConfig, kind: str, width: int) -> int:

@@ -43,7 +43,6 @@ def later_targets(targets: Tensor, document_ids: Tensor) -> Tensor:
     return F.pad(torch.where(same, targets[:, 1:], IGNORED), (0, 1), value=IGNORED)
 
 
-
 def cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
     """Mean of -log softmax(hidden @ head.T)[target], in nats, over the targets that are not `IGNORED`; fp32 scalar.
 

@@ -131,9 +131,7 @@ class MixtureOfExperts(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         indices_TK, weights_TK, scores_TE = self.gate(x_TD, context.input_ids.flatten())
         self._note(indices_TK, scores_TE, context)
-        routed_TD = experts(
-            x_TD, indices_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj, self.limit
-        )
+        routed_TD = experts(x_TD, indices_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
         return self.shared_experts(x_BSD) + routed_TD.view_as(x_BSD)
 
     def _note(self, indices_TK: Tensor, scores_TE: Tensor, context: Context) -> None:

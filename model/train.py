@@ -116,9 +116,7 @@ def _step(
 ) -> Record:
     """One optimiser step; leaves the weights alone when loss or gradient is not finite."""
     c = config
-    rate = learning_rate(
-        step, c.steps, c.learning_rate, c.warmup_steps, c.decay_fraction, c.decay, c.final_fraction
-    )
+    rate = learning_rate(step, c.steps, c.learning_rate, c.warmup_steps, c.decay_fraction, c.decay, c.final_fraction)
     for group in optimizer.param_groups:
         group["lr"] = rate
     losses, statistics = _backward(net, data, step, config, device)

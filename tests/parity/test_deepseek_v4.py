@@ -11,6 +11,7 @@ from model.config import HEAVY, LAYER_TYPES, SLIDING, SPARSE, count_mtp_paramete
 from model.transformer import MoETransformer
 
 TOKENS = 75
+THETA = {"rope_theta": 160000.0}
 
 
 @st.composite
@@ -18,7 +19,13 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     layers = draw(st.integers(1, 4))
     heads, groups = draw(st.sampled_from([(2, 1), (4, 2), (3, 3), (4, 4)]))
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    yarn = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
     return ModelConfig(
         vocab_size=96,
         hidden_size=draw(st.sampled_from([32, 48])),
@@ -33,7 +40,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         num_experts_per_tok=draw(st.integers(1, 3)),
         routed_scaling_factor=draw(st.sampled_from([1.5, 2.5])),
         max_position_embeddings=1024,
-        rope_parameters={"main": rope, "compress": draw(st.sampled_from([yarn, rope])) | {"rope_theta": 160000.0}},
+        rope_parameters={"main": rope, "compress": draw(st.sampled_from([yarn, rope])) | THETA},
         o_groups=groups,
         o_lora_rank=draw(st.sampled_from([8, 12])),
         sliding_window=draw(st.sampled_from([1, 5, 16, 128])),

@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp: logits of small square matrices to nearly doubly stochastic ones.
 
 Shapes: T matrices of N x N (T tokens, N residual streams); first index: from, second: to.
-mHC, arXiv 2512.24880, section 4.2; in the order of DeepSeek-V4's code: softmax over `to`, columns, then rows and columns
-in turn. Matrices lie side by side in memory ([N, N, T]), so that every step runs over long vectors.
+mHC, arXiv 2512.24880, section 4.2; in the order of DeepSeek-V4's code: softmax over `to`, columns, then rows and
+columns in turn. Matrices lie side by side in memory ([N, N, T]), so that every step runs over long vectors.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ def _probabilities(
     logits = torch.cat([near_BSHK.float(), far_BSHT.float()], dim=-1) * width**-0.5
     logits = logits.masked_fill(~allowed, float("-inf"))
     sinks = sinks_H.float()[:, None].expand(*logits.shape[:-1], 1)
-    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1].split(
-        [near_BSHK.shape[-1], far_BSHT.shape[-1]], dim=-1
+    return (
+        torch.cat([logits, sinks], dim=-1)
+        .softmax(dim=-1)[..., :-1]
+        .split([near_BSHK.shape[-1], far_BSHT.shape[-1]], dim=-1)
     )
