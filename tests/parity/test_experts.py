@@ -46,3 +46,29 @@ def test_bfloat16_autocast_stays_close() -> None:
         rounded = experts(x, indices, weights, gate_up, down)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() <= 0.02 * exact.norm()
+
+
+def arguments(device: str = "cpu") -> list[torch.Tensor]:
+    x, weights, gate_up, down = torch.randn(9, 12), torch.rand(9, 2), torch.randn(5, 16, 12), torch.randn(5, 12, 8)
+    indices = torch.rand(9, 5).topk(2).indices
+    return [
+        tensor.to(device).requires_grad_(tensor.is_floating_point()) for tensor in (x, indices, weights, gate_up, down)
+    ]
+
+
+def test_shapes_gradients_and_schema_are_what_torch_library_expects() -> None:
+    torch.library.opcheck(torch.ops.moe_kernels.experts.default, tuple(arguments()))
+
+
+def test_the_meta_device_carries_shapes_through_both_passes() -> None:
+    inputs = arguments("meta")
+    experts(*inputs).sum().backward()
+    assert [t.grad.shape if t.grad is not None else None for t in inputs] == [
+        (9, 12), None, (9, 2), (5, 16, 12), (5, 12, 8),
+    ]  # fmt: skip
+
+
+def test_a_compiled_graph_holds_the_layer_whole_and_keeps_its_values() -> None:
+    inputs = arguments()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), experts(*inputs))
