@@ -1,8 +1,8 @@
 """Builds the emulator of CANN with g++: `python kernels/fakecann/build.py FOLDER`, run by a Python that has torch_npu.
 
-Three libraries hold code: libascendcl (runtime), libopapi (operators, on ATen) and libhccl (collectives). The others that
-torch_npu links against are empty and point to libascendcl, where the loader then finds what it looks for. Sources are
-compiled side by side; what is up to date is left alone.
+Three libraries hold code: libascendcl (runtime), libopapi (operators, on ATen) and libhccl (collectives). The others
+that torch_npu links against are empty and point to libascendcl, where the loader then finds what it looks for. Sources
+are compiled side by side; what is up to date is left alone.
 """
 
 from __future__ import annotations

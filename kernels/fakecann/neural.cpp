@@ -23,6 +23,43 @@ OPERATOR(NLLLossBackward,
                                             **total));
          })
 
+// Cross entropy with everything its backward pass needs in one operator. Losses of ignored targets are 0.
+static void check_cross_entropy(const Tensor* x, const Tensor* target, const Tensor* weight, const std::string& reduction,
+                                double smoothing, double z_scale) {
+  require_type("input", x, FLOATING);
+  require_type("target", target, {at::kLong});
+  TORCH_CHECK(x->view.dim() == 2 && target->view.dim() == 1 && x->view.size(0) == target->view.size(0), "input is ",
+              x->view.sizes(), ", target ", target->view.sizes());
+  TORCH_CHECK(!weight && smoothing == 0 && z_scale == 0, "class weights, label smoothing and z loss are not emulated");
+  TORCH_CHECK(reduction == "none", "reduction '", reduction, "' is not emulated");
+}
+EXPORT int aclnnCrossEntropyLossGetWorkspaceSize(Tensor* x, Tensor* target, Tensor* weight, char* reduction,
+                                                 int64_t ignored, double smoothing, double z_scale, bool, Tensor* loss,
+                                                 Tensor* log_probabilities, Tensor*, Tensor*, uint64_t* workspace,
+                                                 Executor** executor) {
+  auto check = [=] { check_cross_entropy(x, target, weight, reduction, smoothing, z_scale); };
+  return plan("aclnnCrossEntropyLoss", workspace, executor, check, [=] {
+    auto log_p = at::log_softmax(as_float(x), -1);
+    store(log_probabilities, log_p);
+    store(loss, at::nll_loss(log_p, **target, {}, at::Reduction::None, ignored));
+  });
+}
+EXPORT int aclnnCrossEntropyLoss(void*, uint64_t, Executor* executor, void*) { return run(executor); }
+EXPORT int aclnnCrossEntropyLossGradGetWorkspaceSize(Tensor* grad, Tensor* log_probabilities, Tensor* target,
+                                                     Tensor* weight, Tensor*, Tensor*, char* reduction, int64_t ignored,
+                                                     double smoothing, double z_scale, Tensor* out, uint64_t* workspace,
+                                                     Executor** executor) {
+  auto check = [=] { check_cross_entropy(log_probabilities, target, weight, reduction, smoothing, z_scale); };
+  return plan("aclnnCrossEntropyLossGrad", workspace, executor, check, [=] {
+    auto kept = **target != ignored;
+    auto chosen = (*target)->clamp_min(0).unsqueeze(1);
+    auto slope = as_float(log_probabilities).exp();
+    slope.scatter_add_(1, chosen, at::full_like(chosen, -1, at::kFloat));
+    store(out, slope * (as_float(grad) * kept).unsqueeze(1));
+  });
+}
+EXPORT int aclnnCrossEntropyLossGrad(void*, uint64_t, Executor* executor, void*) { return run(executor); }
+
 // y = gamma * x / sqrt(mean(x^2) + epsilon) over the axes of gamma; computed in fp32, rounded to the type of x before
 // gamma multiplies.
 static std::vector<int64_t> last_axes(int64_t count) {

@@ -71,6 +71,8 @@ WITH_NUMBER(LeScalar, le)
 WITH_NUMBER(GtScalar, gt)
 WITH_NUMBER(GeScalar, ge)
 WITH_NUMBER(BitwiseAndScalar, bitwise_and)
+WITH_NUMBER(BitwiseOrScalar, bitwise_or)
+WITH_NUMBER(BitwiseXorScalar, bitwise_xor)
 
 OPERATOR(InplaceMul, (Tensor * x, Tensor* y), { (*x)->mul_(**y); })
 OPERATOR(InplaceMuls, (Tensor * x, Number* y), { (*x)->mul_(y->value); })
@@ -155,6 +157,10 @@ OPERATOR(Tril, (Tensor * x, int64_t diagonal, Tensor* out), { store(out, at::tri
 OPERATOR(Cat, (Tensors * xs, int64_t axis, Tensor* out), { store(out, at::cat(xs->views(), axis)); })
 OPERATOR(Stack, (Tensors * xs, int64_t axis, Tensor* out), { store(out, at::stack(xs->views(), axis)); })
 OPERATOR(Repeat, (Tensor * x, Integers* times, Tensor* out), { store(out, (*x)->repeat(times->values)); })
+OPERATOR(RepeatInterleaveInt, (Tensor * x, int64_t times, int64_t, Tensor* out),
+         { store(out, at::repeat_interleave((*x)->flatten(), times)); })
+OPERATOR(RepeatInterleave, (Tensor * x, Tensor* times, int64_t, Tensor* out),
+         { store(out, at::repeat_interleave((*x)->flatten(), as_long(times))); })
 OPERATOR(Flip, (Tensor * x, Integers* axes, Tensor* out), { store(out, (*x)->flip(axes->values)); })
 
 // Random numbers are reproducible from (seed, offset); the values are not those of the real generator.

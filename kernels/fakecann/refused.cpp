@@ -27,7 +27,7 @@ static aclError refuse(const std::string& what) {
 }
 
 static aclError refuse_operator(const char* name) {
-  return refuse(std::string("the legacy operator ") + (name ? name : "without a name"));
+  return refuse(std::string("the operator ") + (name ? name : "without a name") + ", as the legacy kernel or as aclnn,");
 }
 
 extern "C" {

@@ -1,8 +1,109 @@
 """The hot operations of a mixture-of-experts transformer, one function each.
 
-`reference/` in plain PyTorch defines what each operation means; `device.py` is the only place that names devices.
+`reference/` in plain PyTorch defines what each operation means; `npu/` computes the same through torch_npu's fused
+operators. `dispatch.py` picks by the device of the first tensor; `device.py` is the only place that names devices.
+
+Shapes: B batch, S queries, T tokens or keys, D hidden size or channels, H heads, R rotary channels, E experts,
+K experts per token, N = T * K routed rows, F width of an expert, V vocabulary.
 """
 
-from moe_kernels.reference.experts import experts
+from __future__ import annotations
 
-__all__ = ["experts"]
+from torch import Tensor
+
+from moe_kernels.dispatch import chosen, implementation, reference_only
+
+__all__ = [
+    "attention",
+    "chosen",
+    "cross_entropy",
+    "experts",
+    "grouped_matmul",
+    "permute",
+    "reference_only",
+    "rms_norm",
+    "rotate",
+    "route",
+    "swiglu",
+    "unpermute",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of `x`; arXiv 1910.07467, equation 4."""
+    return implementation("rms_norm", x.device.type)(x, weight, eps)
+
+
+def rotate(x_BSHR: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate each adjacent pair of the last channels, as many as cosine and sine have; the channels before stay.
+
+    cos, sin: fp32 [B or 1, S, 1, R / 2], one angle per pair. inverse: by the negative angle. arXiv 2104.09864.
+    """
+    return implementation("rotate", x_BSHR.device.type)(x_BSHR, cos_BS1R, sin_BS1R, inverse)
+
+
+def swiglu(gate_up_N2F: Tensor, limit: float | None = None) -> Tensor:
+    """silu(gate) * up for the halves of the last axis, [..., 2F] -> [..., F]; arXiv 2002.05202, equation 6.
+
+    limit: clamps the gate from above and up from both sides before they meet.
+    """
+    return implementation("swiglu", gate_up_N2F.device.type)(gate_up_N2F, limit)
+
+
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    *,
+    score: str = "sigmoid",
+    groups: int = 1,
+    top_groups: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(indices [T, K] int64, weights [T, K] fp32) of each token's experts, in fp32 whatever the autocast.
+
+    score: "sigmoid" (arXiv 2412.19437, equations 15 and 16) or "sqrt_softplus", the square root of softplus. The bias
+    only selects. groups, top_groups: experts come from the `top_groups` groups whose two best score highest.
+    """
+    choose = implementation("route", x_TD.device.type)
+    return choose(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
+
+
+def permute(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows [N, D] sorted by expert, place [T, K] of each choice among them, rows of each expert [E] int64)."""
+    return implementation("permute", x_TD.device.type)(x_TD, indices_TK, num_experts)
+
+
+def unpermute(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """[T, D], the weighted sum of each token's K rows, accumulated in fp32, in the dtype of `y_ND`."""
+    return implementation("unpermute", y_ND.device.type)(y_ND, places_TK, weights_TK)
+
+
+def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """x @ weight[e]^T for the rows of each expert e: the first counts[0] rows belong to expert 0, and so on; [N, F]."""
+    return implementation("grouped_matmul", x_ND.device.type)(x_ND, weight_EFD, counts_E)
+
+
+def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Mixture of SwiGLU experts, [T, D] -> [T, D], in the dtype of autocast where that is on, else of `x_TD`.
+
+    indices_TK: int64, the experts of each token. weights_TK: fp32, their mixing weights. gate_up: gate rows first.
+    """
+    return implementation("experts", x_TD.device.type)(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def attention(
+    q_BSHD: Tensor, k_BTHD: Tensor, v_BTHV: Tensor, scale: float, document_ids_BT: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention, [B, S, H, V]; the queries are the last S of the T tokens. V is at most D.
+
+    document_ids: tokens see each other only where these are equal; None means one document a row.
+    """
+    return implementation("attention", q_BSHD.device.type)(q_BSHD, k_BTHD, v_BTHV, scale, document_ids_BT)
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignored: int = -100) -> Tensor:
+    """-log softmax(logits)[target] of each token in nats, fp32 [T]; 0 where the target is `ignored`."""
+    return implementation("cross_entropy", logits_TV.device.type)(logits_TV, targets_T, ignored)

@@ -39,6 +39,15 @@ def name(device: torch.device) -> str:
     return f"{models[0] if models else platform.processor() or platform.machine()}, {threads()} threads"
 
 
+@cache
+def emulated() -> bool:
+    """Whether Ascend devices of this process are those of kernels/fakecann, which computes on the CPU."""
+    try:
+        return hasattr(ctypes.CDLL("libascendcl.so"), "fakecannVersion")
+    except OSError:
+        return False
+
+
 def threads() -> int:
     """CPU threads that PyTorch uses."""
     return torch.get_num_threads()

@@ -26,11 +26,16 @@ def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: 
 
     indices_TK: int64, the experts of each token. weights_TK: fp32, their mixing weights. gate_up: gate rows first.
     """
-    kind = x_TD.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
+    x_TD, gate_up_E2FD, down_EDF = in_autocast_dtype(x_TD, gate_up_E2FD, down_EDF)
     return _experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF)[0]
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast on their device where that is on, else as they are."""
+    kind = tensors[0].device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+    return tensors
 
 
 @torch.library.custom_op("moe_kernels::experts", mutates_args=())
