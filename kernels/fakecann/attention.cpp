@@ -54,6 +54,10 @@ void check(const Arguments& given) {
   TORCH_CHECK(given.heads >= 1 && given.heads <= MOST_HEADS, given.heads, " heads; the operator takes 1 to ",
               MOST_HEADS);
   TORCH_CHECK(given.width() <= LARGEST_HEAD, "a head of ", given.width(), " channels exceeds ", LARGEST_HEAD);
+  int64_t value_width = given.flat() ? 0 : given.value->view.size(-1);
+  TORCH_CHECK(given.flat() || (given.key->view.size(-1) == given.width() && value_width <= given.width()),
+              "channels of query, key and value are ", given.width(), ", ", given.key->view.size(-1), " and ", value_width,
+              "; the first two must be equal and the third no larger");
   require_type("atten_mask", given.mask, {at::kBool, at::kByte});
   bool compressed = given.sparse_mode == 2 || given.sparse_mode == 3;
   TORCH_CHECK(compressed || given.sparse_mode == 0 || given.sparse_mode == 1, "sparse_mode ", given.sparse_mode,

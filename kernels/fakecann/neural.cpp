@@ -69,7 +69,7 @@ static std::vector<int64_t> last_axes(int64_t count) {
 }
 static void check_norm(const Tensor* x, const Tensor* gamma) {
   require_type("x", x, FLOATING);
-  require_type("gamma", gamma, FLOATING);
+  require_type("gamma", gamma, {x->view.scalar_type()});
   auto sizes = x->view.sizes();
   int64_t kept = gamma->view.dim();
   TORCH_CHECK(kept <= x->view.dim() && sizes.slice(sizes.size() - kept) == gamma->view.sizes(), "gamma is ",
@@ -110,7 +110,7 @@ CHECKED_OPERATOR(SwiGluGrad, (Tensor * grad, Tensor* x, int64_t axis, Tensor* ou
 })
 
 // Rotary embedding: x * cos + turned(x) * sin. Mode 0 pairs channel i with i + D/2, mode 1 pairs neighbours.
-static constexpr int64_t LARGEST_ROTARY_HEAD = 896;
+static constexpr int64_t LARGEST_ROTARY_HEAD = 894, MOST_ROTARY_ROWS = 1000;
 
 static void check_rotary(const Tensor* x, const Tensor* cosine, const Tensor* sine, int64_t mode) {
   require_type("x", x, FLOATING);
@@ -123,6 +123,15 @@ static void check_rotary(const Tensor* x, const Tensor* cosine, const Tensor* si
   TORCH_CHECK(cosine->view.scalar_type() == x->view.scalar_type() && sine->view.scalar_type() == x->view.scalar_type(),
               "cosine and sine must be of the type of x, ", x->view.scalar_type());
   TORCH_CHECK(mode == 0 || mode == 1, "rotary mode ", mode, " is not emulated");
+  if (mode == 0) return;
+  int64_t varied = 0, others = 1;
+  for (int64_t axis = 0; axis < 3; axis++) {
+    varied += cosine->view.size(axis) > 1;
+    others *= cosine->view.size(axis) > 1 ? 1 : x->view.size(axis);
+  }
+  TORCH_CHECK(varied <= 1, "the interleaved mode takes one table for the whole batch; cosine is ", cosine->view.sizes());
+  TORCH_CHECK(varied == 0 || others < MOST_ROTARY_ROWS, "batch times heads is ", others, "; the operator takes less than ",
+              MOST_ROTARY_ROWS);
 }
 static std::pair<at::Tensor, at::Tensor> partners(const at::Tensor& x, int64_t mode) {
   if (mode == 0) return {x.chunk(2, -1)[0], x.chunk(2, -1)[1]};

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-# An error of an operator is reported where it happens; else every later result of the process is garbage without a word.
+# Errors are reported where they happen; without this, whatever follows one in the process is garbage without a word.
 os.environ["ASCEND_LAUNCH_BLOCKING"] = "1"
 
 ROOT = Path(__file__).parents[2]

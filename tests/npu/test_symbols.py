@@ -26,12 +26,8 @@ def wanted() -> set[str]:
     folder = Path(find_spec("torch_npu").origin).parent
     files = [path for pattern in LINKED for path in folder.glob(pattern)]
     assert len(files) >= 4, files
-    return {
-        name
-        for path in files
-        for name, kind in names(path, "--undefined-only").items()
-        if CANN.fullmatch(name) and kind == "U"
-    }
+    undefined = [item for path in files for item in names(path, "--undefined-only").items()]
+    return {name for name, kind in undefined if CANN.fullmatch(name) and kind == "U"}
 
 
 def defined() -> set[str]:
