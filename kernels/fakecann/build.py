@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,9 +80,12 @@ def link(folder: Path) -> None:
 
 
 def build(folder: Path) -> None:
+    """Compile and link what is not up to date, and say how long it took."""
+    start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     compile_all(folder)
     link(folder)
+    print(f"emulator   of CANN in {folder}, {time.perf_counter() - start:.0f} s; its speed says nothing about Ascend")
 
 
 if __name__ == "__main__":
