@@ -51,6 +51,7 @@ BINARY(GtTensor, gt)
 BINARY(GeTensor, ge)
 BINARY(LogicalAnd, logical_and)
 BINARY(LogicalOr, logical_or)
+BINARY(LogicalXor, logical_xor)
 BINARY(BitwiseAndTensor, bitwise_and)
 BINARY(BitwiseOrTensor, bitwise_or)
 BINARY(BitwiseXorTensor, bitwise_xor)
@@ -157,6 +158,10 @@ OPERATOR(Tril, (Tensor * x, int64_t diagonal, Tensor* out), { store(out, at::tri
 OPERATOR(Cat, (Tensors * xs, int64_t axis, Tensor* out), { store(out, at::cat(xs->views(), axis)); })
 OPERATOR(Stack, (Tensors * xs, int64_t axis, Tensor* out), { store(out, at::stack(xs->views(), axis)); })
 OPERATOR(Repeat, (Tensor * x, Integers* times, Tensor* out), { store(out, (*x)->repeat(times->values)); })
+OPERATOR(Roll, (Tensor * x, Integers* shifts, Integers* axes, Tensor* out),
+         { store(out, at::roll(**x, shifts->values, axes->values)); })
+OPERATOR(ConstantPadNd, (Tensor * x, Integers* widths, Number* value, Tensor* out),
+         { store(out, at::constant_pad_nd(**x, widths->values, value->value)); })
 OPERATOR(RepeatInterleaveInt, (Tensor * x, int64_t times, int64_t, Tensor* out),
          { store(out, at::repeat_interleave((*x)->flatten(), times)); })
 OPERATOR(RepeatInterleave, (Tensor * x, Tensor* times, int64_t, Tensor* out),

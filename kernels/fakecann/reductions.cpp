@@ -48,6 +48,8 @@ OPERATOR(Argsort, (Tensor * x, int64_t axis, bool descending, Tensor* out),
          { store(out, at::argsort(**x, true, axis, descending)); })
 OPERATOR(Cumsum, (Tensor * x, int64_t axis, int type, Tensor* out),
          { store(out, at::cumsum(**x, axis, scalar_type(type))); })
+OPERATOR(Cumprod, (Tensor * x, Number* axis, int type, Tensor* out),
+         { store(out, at::cumprod(**x, axis->value.to<int64_t>(), scalar_type(type))); })
 OPERATOR(Histc, (Tensor * x, int64_t bins, Number* low, Number* high, Tensor* out),
          { store(out, at::histc(as_float(x), bins, low->value, high->value)); })
 OPERATOR(Bincount, (Tensor * x, Tensor* weights, int64_t length, Tensor* out),
@@ -126,5 +128,7 @@ OPERATOR(ScatterAdd, (Tensor * x, int64_t axis, Tensor* index, Tensor* values, T
          { store(out, at::scatter_add(**x, axis, as_long(index), **values)); })
 OPERATOR(IndexAdd, (Tensor * x, int64_t axis, Tensor* index, Tensor* values, Number* alpha, Tensor* out),
          { store(out, at::index_add(**x, axis, **index, **values, alpha->value)); })
+OPERATOR(IndexCopy, (Tensor * x, int64_t axis, Tensor* index, Tensor* values, Tensor* out),
+         { store(out, at::index_copy(**x, axis, as_long(index), **values)); })
 OPERATOR(OneHot, (Tensor * x, int classes, Tensor*, Tensor*, int64_t, Tensor* out),
          { store(out, at::one_hot(as_long(x), classes)); })
