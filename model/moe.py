@@ -6,8 +6,6 @@ G groups of experts. DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V4, arXiv 260
 
 from __future__ import annotations
 
-import math
-
 import torch
 from moe_kernels import experts
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ class SwiGLU(nn.Module):
     limit: V4 cuts the gate above it and `up` on both sides.
     """
 
-    def __init__(self, hidden_size: int, width: int, limit: float = math.inf) -> None:
+    def __init__(self, hidden_size: int, width: int, limit: float | None = None) -> None:
         super().__init__()
         self.limit = limit
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
@@ -33,7 +31,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.limit < math.inf:
+        if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return self.down_proj(F.silu(gate) * up)
 
@@ -120,7 +118,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: str = "moe") -> None:
         super().__init__()
-        self.limit = config.swiglu_limit if config.is_v4 else math.inf
+        self.limit = config.swiglu_limit if config.is_v4 else None
         self.gate = HashRouter(config) if kind == "hash_moe" else Router(config)
         self.experts = Experts(config)
         width = config.moe_intermediate_size * config.n_shared_experts
