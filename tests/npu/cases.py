@@ -61,7 +61,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def outputs_and_gradients(call: Callable[..., Any], case: Case, device: torch.device) -> list[Tensor]:
-    """Floating-point results of the call, then the gradients of every floating-point input; the CPU is the reference."""
+    """Floating-point results of the call, then the gradients of its floating-point inputs; the CPU is the reference."""
     leaves = case.leaves(device)
     with moe_kernels.reference_only() if device.type == "cpu" else nullcontext():
         results = call(*leaves, **case.keywords)

@@ -13,12 +13,13 @@ import moe_kernels
 import pytest
 import torch
 from moe_kernels.cpu import library
-from moe_kernels.reference import hyper_connection
+from moe_kernels.reference import hyper_connection, window_attention
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
-FP32, FP64 = torch.float32, torch.float64
-TOLERANCE = {FP32: 2e-6, torch.bfloat16: 8e-3}  # of the norm of the difference over the norm of the reference
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+TOLERANCE = {FP32: 3e-6, BF16: 1e-2}  # of the norm of the difference over the norm of the reference
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +104,46 @@ def test_hyper_connections_of_views_of_many_streams_and_of_float64() -> None:
     assert moe_kernels.hyper_read(*exact)[0].dtype == FP64
 
 
+def attention_inputs(
+    rows: int, length: int, heads: int, width: int, entries: int, window: int, dtype: torch.dtype = FP32
+) -> list[Any]:
+    """Documents of about 30 tokens; a third of the entries of the past is visible, in some rows none."""
+    places = torch.arange(length)
+    keys = (places // window * window - window)[:, None] + torch.arange(2 * window)
+    starts = random(rows, length, seed=1) > 1.8
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    near = (keys <= places[:, None]) & (keys > places[:, None] - window) & (keys >= first[:, :, None])
+    past = torch.arange(entries) * length < places[:, None] * entries
+    visible = past & (random(rows, length, entries, seed=2) > 0.4) & (random(rows, length, 1, seed=3) > -1)
+    tensors = [random(rows, length, heads, width), random(rows, length, width), random(rows, entries, width)]
+    return [*(tensor.to(dtype) for tensor in tensors), random(heads), near, visible]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 512, 4, 64, 128, 64), (1, 5, 3, 7, 2, 4), (2, 33, 2, 20, 0, 16), (3, 100, 5, 24, 37, 8), (2, 1, 4, 8, 1, 16),
+     (1, 600, 64, 16, 33, 128)],
+    ids=str,
+)  # fmt: skip
+def test_window_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    same("window_attention", window_attention.window_attention, attention_inputs(*shape, dtype=dtype))
+
+
+def test_window_attention_with_one_mask_for_all_rows_and_under_autocast() -> None:
+    q, kv, entries, sinks, near, visible = attention_inputs(2, 40, 2, 8, 10, 8)
+    inputs = [q, kv, entries, sinks, near[:1], visible]
+    same("window_attention", window_attention.window_attention, inputs)
+    with torch.autocast("cpu", dtype=BF16):
+        ours = moe_kernels.window_attention(*inputs)[0]
+    assert ours.dtype == BF16
+    assert distance(ours, window_attention.window_attention(*inputs)[0].double()) <= TOLERANCE[BF16]
+
+
 CASES = {
     "hyper_read": (read_inputs(900, 4, 48), None),
     "hyper_write": (write_inputs(900, 4, 48), None),
+    "window_attention": (attention_inputs(2, 600, 2, 16, 40, 32), None),
 }
 
 

@@ -9,13 +9,13 @@
 // Of the forward pass are kept only the projection [T, P] and the root mean square's inverse [T]. Tokens are cut into
 // at most 32 groups by their number alone; gradients of the maps are summed inside of a group in the order of tokens,
 // then over groups in order, so they do not depend on threads.
+#include "multiply.h"
 #include "sinkhorn.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 32;  // tokens whose streams stay in the second cache
 constexpr int64_t MAX_N = 8, MAX_P = MAX_N * (MAX_N + 2);
-constexpr int COLUMNS = BYTES == 32 ? 2 : 4;  // vectors of a register tile, next to TILE rows
 static_assert(BLOCK % W == 0);
 
 int64_t group_size(int64_t tokens) { return std::max(8 * BLOCK, parts(parts(tokens, 32), BLOCK) * BLOCK); }
@@ -127,96 +127,19 @@ void coefficients_backward(const Maps& m, const float* projection, const float* 
   }
 }
 
-// d_x of TILE tokens and COLUMNS vectors of stream n: read d_h + fn^T d_raw - d_square x.
-template <class Get, class Put>
-inline void streams_tile(const Maps& m, const float* const x[TILE], const float* const d_h[TILE], const float* read,
-                         const float* d_raw, const float* d_square, int64_t n, int64_t column, int64_t real,
-                         float* const d_x[TILE], const Get& get, const Put& put, int vectors) {
-  V total[TILE][COLUMNS];
-  const int64_t offset = n * m.width + column;
-  for (int i = 0; i < TILE; i++) {
-    const int64_t row = std::min<int64_t>(i, real - 1);
-    for (int k = 0; k < COLUMNS; k++)
-      if (k < vectors)
-        total[i][k] = read[row * m.streams + n] * get(d_h[i] + column + k * W) -
-                      d_square[row] * get(x[i] + offset + k * W);
-  }
-  for (int64_t p = 0; p < m.count; p++) {
-    V map[COLUMNS];
-#pragma GCC unroll 4
-    for (int k = 0; k < COLUMNS; k++)
-      if (k < vectors) map[k] = get(m.fn + p * m.channels + offset + k * W);
-#pragma GCC unroll 4
-    for (int i = 0; i < TILE; i++) {
-      const float factor = d_raw[std::min<int64_t>(i, real - 1) * m.count + p];
-#pragma GCC unroll 4
-      for (int k = 0; k < COLUMNS; k++)
-        if (k < vectors) total[i][k] += factor * map[k];
-    }
-  }
-  for (int64_t i = 0; i < real; i++)
-    for (int k = 0; k < vectors; k++) put(d_x[i] + offset + k * W, total[i][k]);
-}
-
-// d_fn of TILE maps and COLUMNS vectors, summed over the tokens of a block.
-template <class Get, class Put>
-inline void maps_tile(const Maps& m, const float* x, const float* d_raw, int64_t tokens, int64_t p, int64_t offset,
-                      float* d_fn, const Get& get, const Put& put, int vectors) {
-  V total[TILE][COLUMNS];
-  const int64_t real = std::min<int64_t>(TILE, m.count - p);
-  for (int i = 0; i < TILE; i++)
-    for (int k = 0; k < COLUMNS; k++)
-      if (k < vectors) total[i][k] = get(d_fn + (p + std::min<int64_t>(i, real - 1)) * m.channels + offset + k * W);
-  for (int64_t t = 0; t < tokens; t++) {
-    V row[COLUMNS];
-#pragma GCC unroll 4
-    for (int k = 0; k < COLUMNS; k++)
-      if (k < vectors) row[k] = get(x + t * m.channels + offset + k * W);
-#pragma GCC unroll 4
-    for (int i = 0; i < TILE; i++) {
-      const float factor = d_raw[t * m.count + p + std::min<int64_t>(i, real - 1)];
-#pragma GCC unroll 4
-      for (int k = 0; k < COLUMNS; k++)
-        if (k < vectors) total[i][k] += factor * row[k];
-    }
-  }
-  for (int64_t i = 0; i < real; i++)
-    for (int k = 0; k < vectors; k++) put(d_fn + (p + i) * m.channels + offset + k * W, total[i][k]);
-}
-
-// One column range of one stream for all tokens and maps of a block.
-template <class Get, class Put>
-inline void columns_backward(const Maps& m, const float* x, const float* d_h, const float* read, const float* d_raw,
-                             const float* d_square, int64_t tokens, int64_t n, int64_t column, float* d_x, float* d_fn,
-                             const Get& get, const Put& put, int vectors) {
-  for (int64_t t = 0; t < tokens; t += TILE) {
-    const float *x_rows[TILE], *h_rows[TILE];
-    float* d_rows[TILE];
-    for (int i = 0; i < TILE; i++) {
-      const int64_t row = std::min(t + i, tokens - 1);
-      x_rows[i] = x + row * m.channels, h_rows[i] = d_h + row * m.width, d_rows[i] = d_x + row * m.channels;
-    }
-    streams_tile(m, x_rows, h_rows, read + t * m.streams, d_raw + t * m.count, d_square + t, n, column,
-                 std::min<int64_t>(TILE, tokens - t), d_rows, get, put, vectors);
-  }
-  for (int64_t p = 0; p < m.count; p += TILE)
-    maps_tile(m, x, d_raw, tokens, p, n * m.width + column, d_fn, get, put, vectors);
-}
-
+// d_x = read d_h + fn^T d_raw - d_square x of a block; d_fn += d_raw^T x.
 void streams_backward(const Maps& m, const float* x, const float* d_h, const float* read, const float* d_raw,
                       const float* d_square, int64_t tokens, float* d_x, float* d_fn) {
-  for (int64_t n = 0; n < m.streams; n++) {
-    int64_t at = 0;
-    for (; at + COLUMNS * W <= m.width; at += COLUMNS * W)
-      columns_backward(m, x, d_h, read, d_raw, d_square, tokens, n, at, d_x, d_fn,
-                       [](const float* p) { return load(p); }, [](float* p, V v) { store(p, v); }, COLUMNS);
-    for (; at < m.width; at += W) {
-      const int64_t left = m.width - at;
-      columns_backward(m, x, d_h, read, d_raw, d_square, tokens, n, at, d_x, d_fn,
-                       [left](const float* p) { return load(p, left); },
-                       [left](float* p, V v) { store(p, v, left); }, 1);
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t n = 0; n < m.streams; n++) {
+      const int64_t row = t * m.channels + n * m.width;
+      const float weight = read[t * m.streams + n];
+      along(m.width, [&](int64_t at, auto get, auto put) {
+        put(d_x + row + at, weight * get(d_h + t * m.width + at) - d_square[t] * get(x + row + at));
+      });
     }
-  }
+  multiply(tokens, m.channels, m.count, {d_raw, m.count}, m.fn, m.channels, d_x, m.channels, true);
+  multiply(m.count, m.channels, tokens, {d_raw, 1, m.count}, x, m.channels, d_fn, m.channels, true);
 }
 
 template <int N>

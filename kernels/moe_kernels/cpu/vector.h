@@ -111,6 +111,33 @@ inline void dots(const float* const a[TILE], const float* const b[TILE], int64_t
     for (int j = 0; j < TILE; j++) out[i][j] = sum(total[i][j]);
 }
 
+// bfloat16 is the upper half of a float; numbers round to the nearest, ties to even.
+using Bits = uint16_t;
+
+inline void copy(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+
+inline void copy(const Bits* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+inline void copy(const float* from, int64_t count, Bits* to) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const bool number = (bits & 0x7FFFFFFF) <= 0x7F800000;
+    to[i] = number ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
+  }
+}
+
+// Runs f with a null pointer of the tensor's element type: float or Bits.
+template <class F>
+inline void with_type(const Tensor& tensor, const F& f) {
+  tensor.element_size() == sizeof(float) ? f(static_cast<float*>(nullptr)) : f(static_cast<Bits*>(nullptr));
+}
+
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 inline float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
