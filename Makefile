@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOG := .venv/install.log
+comma := ,
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
@@ -25,7 +26,7 @@ lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui
 
-serve: .venv/installed-core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
+serve: .venv/installed-serve ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
 	@shovel serve
 
 # Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
@@ -50,7 +51,11 @@ endef
 	@touch $@
 
 .venv/installed-dev: .venv/installed-core
-	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
+	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev$(comma)serve])
+	@touch $@
+
+.venv/installed-serve: .venv/installed-core
+	$(call install,the endpoint,-c constraints.txt -e .[serve])
 	@touch $@
 
 .venv/installed-lab: .venv/installed-core

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a mistake that the sentence on the terminal tells how to m
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -201,7 +202,11 @@ def serve(port: int = 8000) -> None:
     _require_free(port)
     folder = champion_folder(load_params(PARAMS).register_, RELEASE)
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
-    typer.echo(f"serving {folder} at http://127.0.0.1:{port}/v1/chat/completions  (Ctrl-C ends it)")
+    body = json.dumps({"model": str(folder), "messages": [{"role": "user", "content": "What is AI?"}]})
+    typer.echo(
+        f"serving {folder} at http://127.0.0.1:{port}/v1 (Ctrl-C ends it); when it runs, ask in another terminal:\n"
+        f"  curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     os.execvpe(command[0], [*command, "--host", "127.0.0.1", "--port", str(port)], environment)
 
