@@ -218,11 +218,9 @@ def _dvc() -> list[str]:
 def _repro(stages: list[str]) -> None:
     """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
     start = time.monotonic()
-    code = _wait(subprocess.Popen([*_dvc(), "repro", "--quiet", *stages]))
+    code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
     if code:
-        typer.echo(
-            f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what the line above names", err=True
-        )
+        typer.echo(f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what is named above", err=True)
         raise typer.Exit(2 if code == 255 else abs(code))
     typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
 

@@ -9,9 +9,9 @@ every gate holds and leaves a release record in reports/releases; `rollback` tak
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,22 +176,16 @@ def _create(
     digest = folder_digest(digests)
     tags = {
         "digest": digest,
+        "bits_per_byte": repr(chat["bits_per_byte"]),
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
-        "bits_per_byte": repr(chat["bits_per_byte"]),
-        "device": facts["device"],
-        **{f"digest.{name}": value for name, value in digests.items()},
-        **{f"dvc.out.{path}": md5 for path, md5 in facts["dvc"].items() if path.startswith("data/")},
-        **{f"run.{label}": run_id for label, run_id in facts["runs"].items()},
-        **{f"seed.{name}": str(seed) for name, seed in facts["seeds"].items()},
-        **{f"version.{name}": number for name, number in facts["packages"].items()},
-        **{f"source.{source['name']}": f"{source['version']} {source['sha256']}" for source in facts["sources"]},
+        "lineage": json.dumps(facts | {"digests": digests}, ensure_ascii=False),
     }
-    export = tracking.find_run(client, facts["runs"].get("export"))
+    review = tracking.find_run(client, facts["runs"].get("review"))
     return client.create_model_version(
         params.name,
         source=_source(release, digest),
-        run_id=export.info.run_id if export else None,
+        run_id=review.info.run_id if review else None,
         tags=tags,
         description=_description(chat, digest),
     )
@@ -207,8 +201,7 @@ def _description(chat: dict[str, Any], digest: str) -> str:
     return (
         f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
         f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. "
-        f"Digest {digest[:12]}. The review page, review.html, "
-        f"is an artifact of the run `review`."
+        f"Digest {digest[:12]}. The review page is an artifact of the source run."
     )
 
 
@@ -260,22 +253,9 @@ def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: 
         "at": now.isoformat(timespec="seconds"),
         "by": f"{repository.git('config', 'user.name')} <{repository.git('config', 'user.email')}>",
         "digest": chosen.tags.get("digest"),
-        "digests": _below("digest.", chosen.tags),
         "bits_per_byte": bits_of(chosen),
-        "lineage": {
-            "git": {"commit": chosen.tags.get("git.commit"), "dirty": chosen.tags.get("git.dirty")},
-            "dvc": _below("dvc.out.", chosen.tags),
-            "runs": _below("run.", chosen.tags),
-            "versions": _below("version.", chosen.tags),
-            "sources": _below("source.", chosen.tags),
-            "seeds": _below("seed.", chosen.tags),
-            "device": chosen.tags.get("device"),
-        },
+        "lineage": json.loads(chosen.tags.get("lineage", "{}")),
     }
-
-
-def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
-    return {key.removeprefix(prefix): value for key, value in sorted(tags.items()) if key.startswith(prefix)}
 
 
 if __name__ == "__main__":

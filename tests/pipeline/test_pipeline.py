@@ -84,7 +84,9 @@ def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> N
     versions = client.search_model_versions("name = 'shovel-demo'")
     assert len(versions) == 1
     weights = digest(project.folder / "data/models/release/model.safetensors")
-    assert versions[0].tags["digest.model.safetensors"] == weights
+    assert json.loads(versions[0].tags["lineage"])["digests"]["model.safetensors"] == weights
+    source = client.list_artifacts(versions[0].run_id)
+    assert "review.html" in {file.path for file in source}
     assert int(client.get_model_version_by_alias("shovel-demo", "challenger").version) == 1
 
     (project.folder / "stray.txt").write_text("not committed")
@@ -103,7 +105,12 @@ def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> N
     project.run("shovel", "promote")
     assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 1
     record = json.loads(next((project.folder / "reports/releases").glob("shovel-demo-v1-*.json")).read_text())
-    assert record["digests"]["model.safetensors"] == weights and all(gate["passed"] for gate in record["gates"])
+    assert record["lineage"]["digests"]["model.safetensors"] == weights
+    assert record["lineage"]["runs"] == {
+        path.stem: project.read(f"reports/runs/{path.name}")["run_id"]
+        for path in (project.folder / "reports/runs").iterdir()
+    }
+    assert all(gate["passed"] for gate in record["gates"]) and record["digest"] == versions[0].tags["digest"]
     assert "already" in project.run("shovel", "promote").stdout
     assert len(list((project.folder / "reports/releases").iterdir())) == 1
 
