@@ -39,7 +39,8 @@ class Gate:
 def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     """The version whose digest is that of the folder `release`, made when there is none yet; alias `challenger`.
 
-    Raises `UserError` inside a DVC experiment: a sweep must not fill the registry.
+    Raises `UserError` inside a DVC experiment (a sweep must not fill the registry), and when the reports beside a new
+    version would not be about it.
     """
     if os.environ.get("DVC_EXP_NAME"):
         raise UserError("experiments register nothing; apply the best one (`dvc exp apply`), commit, then register.")
@@ -172,6 +173,10 @@ def _create(
     client: MlflowClient, params: Register, release: Path, reports: Path, digests: dict[str, str]
 ) -> ModelVersion:
     chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
+    if stale := repository.stale_stages():
+        raise UserError(
+            f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
+        )
     facts = lineage.facts(reports)
     digest = folder_digest(digests)
     tags = {
