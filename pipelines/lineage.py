@@ -76,7 +76,7 @@ def _tags(label: str) -> dict[str, str]:
     """What the lock file says of the stage `label` (`evaluate-base` there is `evaluate@base`)."""
     lock = Path("dvc.lock")
     entry = repository.stages().get(label) or repository.stages().get(label.replace("-", "@", 1)) or {}
-    tags = {f"dvc.out.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
+    tags = {f"dvc.{kind}.{item['path']}": item["md5"] for kind in ("dep", "out") for item in entry.get(f"{kind}s", [])}
     if lock.exists():
         tags["dvc.lock.sha256"] = hashlib.sha256(lock.read_bytes()).hexdigest()
     dirty = bool(repository.uncommitted())

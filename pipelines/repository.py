@@ -92,7 +92,7 @@ def check_out(md5: str, path: Path, target: Path) -> None:
         shutil.copyfile(cached, target)
     else:
         content = _git("show", f"HEAD:./{path.as_posix()}")
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        if _md5(content) != md5:
             raise FileNotFoundError(errno.ENOENT, "neither DVC's cache nor the commit holds it", str(path))
         target.write_bytes(content)
 
@@ -107,14 +107,22 @@ def _link(cached: Path, target: Path) -> None:
 
 
 def dependency_hashes(stage: str) -> dict[str, str]:
-    """md5 of those inputs of a stage (`evaluate@base`) that other stages made, by path."""
+    """md5 of the inputs of a stage (`evaluate@base`) by path, before it runs: what other stages made, and files.
+
+    Folders of code are left out: the commit names them, and `shovel link` adds what DVC found.
+    """
     name, _, variant = stage.partition("@")
     declared = (_yaml(Path("dvc.yaml")) or {}).get("stages", {}).get(name, {})
     hashes = output_hashes()
     paths = declared.get("deps", [])
     for key in declared.get("matrix", {}):
         paths = [path.replace(f"${{item.{key}}}", variant) for path in paths]
-    return {path: hashes[path] for path in paths if path in hashes}
+    files = {path: _md5(Path(path).read_bytes()) for path in paths if path not in hashes and Path(path).is_file()}
+    return files | {path: hashes[path] for path in paths if path in hashes}
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _yaml(path: Path) -> Any:

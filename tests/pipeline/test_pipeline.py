@@ -50,6 +50,7 @@ def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, 
     assert pretrain.data.tags["git.baseline"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
     lock = (project.folder / "dvc.lock").read_text()
     assert pretrain.data.tags["dvc.dep.data/tokens"] in lock
+    assert runs["fetch"].data.tags["dvc.dep.data/sources.yaml"] in lock
     history = client.get_metric_history(pretrain.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(12))
     assert project.read("reports/runs/pretrain.json")["run_id"] == pretrain.info.run_id
@@ -66,6 +67,7 @@ def test_link_adds_commit_and_hashes(project, client) -> None:
     run = client.get_run(project.read("reports/runs/pretrain.json")["run_id"])
     assert run.data.tags["git.commit"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
     assert run.data.tags["dvc.out.data/models/base"].endswith(".dir")
+    assert run.data.tags["dvc.dep.model"].endswith(".dir")
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
 
