@@ -30,6 +30,7 @@ from pipelines import repository, tracking
 from pipelines.params import Params, UserError, load_params
 
 REPORTS = Path("reports")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOM = 32 << 20  # bytes on the disk that a stage leaves to DVC and MLflow, which take a full disk badly
 console = Console(stderr=True, highlight=False)
 
@@ -93,9 +94,9 @@ def require_room() -> None:
 def _disk_is_full(error: BaseException | None) -> bool:
     """Also where a library wrapped the system's error, or kept only its text."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(words in str(error) for words in ("No space left on device", "database or disk is full")):
+        if any(words in str(error) for words in (*map(os.strerror, FULL), "database or disk is full")):
             return True
         error = error.__cause__ or error.__context__
     return False

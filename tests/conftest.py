@@ -133,7 +133,7 @@ class Project:
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", message)
+        self.run("git", "commit", "-q", "--allow-empty", "-m", message)
 
     def read(self, name: str) -> dict:
         return json.loads((self.folder / name).read_text())

@@ -1,5 +1,7 @@
 """Stages that are killed, interrupted or out of disk: nothing of before is lost, and training goes on where it was."""
 
+import itertools
+import math
 import os
 import random
 import resource
@@ -14,6 +16,10 @@ import pytest
 from mlflow import MlflowClient
 
 from model.checkpoint import CheckpointStore
+from model.train import loss_of
+from pipelines import tracking
+from pipelines.params import UserError, load_params
+from pipelines.pretrain import BASE, TOKENS, pretrain
 
 PRETRAIN = ("pipelines.pretrain",)
 
@@ -123,14 +129,30 @@ def test_a_full_disk_is_one_sentence_and_the_previous_output_stays(project, stag
     assert {path for path in before | after if before.get(path) != after.get(path)} == set()
 
 
-def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(project) -> None:
-    project.set_params(pretrain={"learning_rate": 1.0, "steps": 40, "warmup_steps": 0, "clip_norm": 1e30})
-    project.set_params(pretrain={"model": project.model | {"initializer_range": 1e12}})
+def test_a_loss_that_is_not_finite_stops_with_one_sentence(project) -> None:
+    project.set_params(pretrain={"model": project.model | {"initializer_range": 3e38}})
     done = project.run("python", "-m", *PRETRAIN, check=False)
     project.run("git", "checkout", "-q", "params.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the loss of step 0 is not finite (documents of the batch: code/" in done.stderr
     assert "there is no checkpoint yet: lower `pretrain.learning_rate`" in done.stderr
+
+
+def test_the_last_good_checkpoint_before_a_loss_that_is_not_finite(project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.folder)
+    sound, calls = loss_of, itertools.count()
+
+    def sixth_is_infinite(*arguments):
+        loss, load = sound(*arguments)
+        return (loss * math.inf if next(calls) == 5 else loss), load
+
+    monkeypatch.setattr("model.train.loss_of", sixth_is_infinite)
+    with pytest.raises(UserError) as caught:
+        pretrain(load_params().pretrain, TOKENS, BASE, Path("curve.csv"), tracking.Run("pending-test", "", None))
+    (newest,) = {path for path in checkpoints(project) if path.name == "step-00000004"}
+    assert "the loss of step 5 is not finite" in str(caught.value)
+    assert f"the last good checkpoint is {newest}: lower" in str(caught.value)
+    shutil.rmtree(project.folder / ".checkpoints")
 
 
 def test_the_newest_sound_checkpoint_is_the_one_that_is_named(tmp_path: Path) -> None:
