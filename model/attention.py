@@ -1,38 +1,19 @@
 """Multi-head latent attention (MLA): keys and values come from one small latent per token, which is all a cache keeps.
 
-Shapes: B batch, S queries, T keys (cache + S), D hidden size, H heads, N channels without position, R rotary channels,
+Shapes: B rows, S queries, T keys, D hidden size, H heads, N channels without position, R rotary channels,
 Q = N + R, V value channels, C latent channels. DeepSeek-V2, arXiv 2405.04434, section 2.1; V3, arXiv 2412.19437, 2.1.1.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.context import Context, Rotation
 from model.norm import RMSNorm
-from model.rope import rotate, yarn_mscale
-
-Rotation = tuple[Tensor, Tensor]
-
-
-@dataclass
-class LatentCache:
-    """What one layer keeps of the past: the normalised latents [B, T, C] and the rotated shared keys [B, T, R]."""
-
-    latent_BTC: Tensor | None = None
-    key_BTR: Tensor | None = None
-
-    def append(self, latent_BSC: Tensor, key_BSR: Tensor) -> tuple[Tensor, Tensor]:
-        """Add S tokens and return everything kept so far."""
-        if self.latent_BTC is not None and self.key_BTR is not None:
-            latent_BSC = torch.cat([self.latent_BTC, latent_BSC], dim=1)
-            key_BSR = torch.cat([self.key_BTR, key_BSR], dim=1)
-        self.latent_BTC, self.key_BTR = latent_BSC, key_BSR
-        return latent_BSC, key_BSR
+from model.rope import rotate_last, yarn_mscale
 
 
 class LatentAttention(nn.Module):
@@ -41,7 +22,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c, heads = config, config.num_attention_heads
-        self.heads, self.channels = heads, [c.qk_nope_head_dim, c.qk_rope_head_dim]
+        self.heads, self.nope, self.rope = heads, c.qk_nope_head_dim, c.qk_rope_head_dim
         self.latent, self.v_head_dim = c.kv_lora_rank, c.v_head_dim
         if c.q_lora_rank is None:
             self.q_proj = nn.Linear(c.hidden_size, heads * c.qk_head_dim, bias=False)
@@ -55,27 +36,39 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * c.v_head_dim, c.hidden_size, bias=False)
         self.scale = c.qk_head_dim**-0.5 * yarn_mscale(c.rope_parameters, "mscale_all_dim") ** 2
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation, mask: Tensor | None, cache: LatentCache | None) -> Tensor:
-        """[B, S, D] -> [B, S, D]. mask: additive, broadcastable to [B, H, S, T]; None means causal over S = T."""
-        q_BSHQ = self._queries(x_BSD, rotation)
-        latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent, self.channels[1]], dim=-1)
-        latent_BTC = self.kv_a_layernorm(latent_BSC)
-        key_BTR = rotate(key_BSR.unsqueeze(2), *rotation).squeeze(2)
-        if cache is not None:
-            latent_BTC, key_BTR = cache.append(latent_BTC, key_BTR)
+    def forward(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        turn = context.rotation()
+        q_BSHQ = self._queries(x_BSD, turn)
+        latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent, self.rope], dim=-1)
+        kept_BSX = torch.cat(
+            [self.kv_a_layernorm(latent_BSC), rotate_last(key_BSR.unsqueeze(2), turn).squeeze(2)], dim=-1
+        )
+        kept_BTX, mask = self._with_past(kept_BSX, context, layer)
+        latent_BTC, key_BTR = kept_BTX.split([self.latent, self.rope], dim=-1)
         k_BTHN, v_BTHV = (
-            self.kv_b_proj(latent_BTC)
-            .unflatten(-1, (self.heads, -1))
-            .split([self.channels[0], self.v_head_dim], dim=-1)
+            self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1)).split([self.nope, self.v_head_dim], dim=-1)
         )
         k_BTHR = key_BTR.to(k_BTHN.dtype).unsqueeze(2).expand(-1, -1, self.heads, -1)
         out_BSHV = _attend(q_BSHQ, torch.cat([k_BTHN, k_BTHR], dim=-1), v_BTHV, mask, self.scale)
         return self.o_proj(out_BSHV.flatten(2))
 
-    def _queries(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
+    def _queries(self, x_BSD: Tensor, turn: Rotation) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD))) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)
-        q_BSHN, q_BSHR = q.unflatten(-1, (self.heads, -1)).split(self.channels, dim=-1)
-        return torch.cat([q_BSHN, rotate(q_BSHR, *rotation)], dim=-1)
+        return rotate_last(q.unflatten(-1, (self.heads, -1)), turn)
+
+    def _with_past(self, kept_BSX: Tensor, context: Context, layer: str) -> tuple[Tensor, Tensor | None]:
+        """(latents and rotated keys of past and present [B, T, C + R], additive mask or None for plain causal)."""
+        cache = context.cache
+        if cache is None:
+            return kept_BSX, context.causal_mask()
+        real_BS = (
+            torch.ones_like(context.positions_BS, dtype=torch.bool) if context.real_BS is None else context.real_BS
+        )
+        kept_BTX = cache.slots(layer, "latent").write(kept_BSX, context.positions_BS, real_BS, cache.capacity)
+        seen_BST = torch.arange(kept_BTX.shape[1], device=kept_BTX.device) <= context.positions_BS[..., None]
+        mask = torch.zeros(seen_BST.shape, device=kept_BTX.device).masked_fill_(~seen_BST, float("-inf"))
+        return kept_BTX, mask.unsqueeze(1)
 
 
 def _attend(q_BSHQ: Tensor, k_BTHQ: Tensor, v_BTHV: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -1,54 +1,194 @@
 """Architecture of a DeepSeek-style mixture-of-experts transformer, with Hugging Face's field names.
 
 `ModelConfig.preset("demo")` names an architecture; `.replace(num_hidden_layers=2)` varies it; `from_dict` reads the
-config.json that transformers writes. `count_parameters` needs the config alone: nothing is allocated.
+config.json of transformers or of DeepSeek. `model_type` says which of two families it is: "deepseek_v3"
+(arXiv 2412.19437) or "deepseek_v4" (arXiv 2606.19348). `count_parameters` needs the config alone: nothing is allocated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-ROPE_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+from model.presets import PRESETS, ROPE_DEFAULT
+
+V3, V4 = "deepseek_v3", "deepseek_v4"
+SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+LAYER_TYPES, MLP_LAYER_TYPES = (SLIDING, SPARSE, HEAVY), ("hash_moe", "moe")
+RATIOS = {0: SLIDING, 4: SPARSE, 128: HEAVY}  # of DeepSeek's own config.json
 ROPE_YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ROPE_TYPES = ("default", "yarn")
+ONLY_V3 = {"intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group"}
+ONLY_V3 |= {"topk_group", "first_k_dense_replace"}
+ONLY_V4 = {"head_dim", "o_groups", "o_lora_rank", "sliding_window", "layer_types", "compress_rates"}
+ONLY_V4 |= {"mlp_layer_types", "index_n_heads", "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters"}
+ONLY_V4 |= {"hc_eps", "swiglu_limit"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a DeepSeek-V3 transformer (arXiv 2412.19437). Raises `ValueError` for sizes that do not fit together."""
+    """Sizes of a DeepSeek-V3 or V4 transformer. Raises `ValueError` for sizes that do not fit together."""
 
+    model_type: str = V4
     vocab_size: int = 4096
     hidden_size: int = 256
-    intermediate_size: int = 768  # width of the dense layers' feed-forward
     moe_intermediate_size: int = 192  # width of one expert
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
-    q_lora_rank: int | None = 128  # None: queries without a bottleneck
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 48
+    q_lora_rank: int | None = 128  # None (V3 only): queries without a bottleneck
+    qk_rope_head_dim: int = 16  # channels with a position
     n_shared_experts: int = 1
     n_routed_experts: int = 16
     num_experts_per_tok: int = 2
-    n_group: int = 1  # experts are chosen from `topk_group` of `n_group` groups
-    topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    first_k_dense_replace: int = 1  # leading layers with a dense feed-forward
+    num_nextn_predict_layers: int = 0  # multi-token prediction blocks (MTP): none or one
     max_position_embeddings: int = 4096
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: dict(ROPE_DEFAULT))
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: dict(ROPE_DEFAULT))  # V4: {"main", "compress"}
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     bos_token_id: int = 0
     eos_token_id: int = 1
     pad_token_id: int | None = None
+    # DeepSeek-V3 alone
+    intermediate_size: int = 768  # width of the dense layers' feed-forward
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    v_head_dim: int = 48
+    n_group: int = 1  # experts are chosen from `topk_group` of `n_group` groups
+    topk_group: int = 1
+    first_k_dense_replace: int = 1  # leading layers with a dense feed-forward
+    # DeepSeek-V4 alone
+    head_dim: int = 64  # of a query head, and of the one key that is also the value
+    o_groups: int = 2  # groups of heads in the low-rank output projection
+    o_lora_rank: int = 64
+    sliding_window: int = 64  # raw tokens that every layer sees, the token itself included
+    layer_types: list[str] = field(default_factory=list)  # attention of each layer; empty: see `_default_layer_types`
+    compress_rates: dict[str, int] = field(default_factory=lambda: {SPARSE: 4, HEAVY: 128})  # tokens an entry
+    mlp_layer_types: list[str] = field(default_factory=list)  # hash_moe or moe; empty: the first layer is hash_moe
+    index_n_heads: int = 8
+    index_head_dim: int = 32
+    index_topk: int = 64  # compressed entries that a query of a sparse layer attends to
+    hc_mult: int = 4  # residual streams
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    swiglu_limit: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_routed_experts"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.model_type in (V3, V4),
+            f"model_type is {self.model_type!r}; choose one of {V3!r}, {V4!r}",
+        )
+        if self.model_type == V4:
+            self._fill_in_v4()
+        self._check_sizes()
+        self._check_v4() if self.model_type == V4 else self._check_v3()
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of one V3 query or key: those without and those with a position."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def is_v4(self) -> bool:
+        """Whether this is the DeepSeek-V4 family."""
+        return self.model_type == V4
+
+    @property
+    def first_moe_layer(self) -> int:
+        """Number of the first layer with experts."""
+        return 0 if self.is_v4 else min(self.first_k_dense_replace, self.num_hidden_layers)
+
+    def rope(self, kind: str = "main") -> dict[str, Any]:
+        """Rotary parameters; V4 has "main" (layers with a window alone) and "compress" (all others)."""
+        return self.rope_parameters[kind] if self.is_v4 else self.rope_parameters
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """The architecture of that name; raises `ValueError` listing the known ones."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset is called {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with these fields changed; raises `ValueError` for a field that does not exist or has another type.
+
+        With another number of layers and no types given, the list of types is cut, or goes on as it ended.
+        """
+        known = {f.name: f for f in dataclasses.fields(self)}
+        for key, value in changes.items():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(
+                    f"{key!r} is not a field of the model{f'; did you mean {close[0]!r}' if close else ''}"
+                )
+            _check_type(key, value, getattr(self, key), "None" in str(known[key].type))
+        layers = changes.get("num_hidden_layers", self.num_hidden_layers)
+        if changes.get("model_type", self.model_type) == self.model_type == V4 and layers > 0:
+            types = {"layer_types": _continued(self.layer_types, layers, 2)}
+            changes = types | {"mlp_layer_types": _continued(self.mlp_layer_types, layers, 1)} | changes
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> ModelConfig:
+        """From a config.json; raises `ValueError` when it describes another architecture."""
+        kind = content.get("model_type")
+        if kind not in (V3, V4):
+            raise ValueError(f"model_type is {kind!r}; this code reads {V3!r} and {V4!r}")
+        known = {f.name for f in dataclasses.fields(cls)} - (ONLY_V4 if kind == V3 else ONLY_V3 - {"qk_rope_head_dim"})
+        fields = {key: value for key, value in content.items() if key in known and (value is not None or "lora" in key)}
+        fields["rope_parameters"] = _rope_v4(content) if kind == V4 else _rope_v3(content)
+        return cls(**(fields | (_fields_v4(content) if kind == V4 else {})))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json that transformers' DeepseekV3Config or DeepseekV4Config reads."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in (ONLY_V3 if self.is_v4 else ONLY_V4)}
+        shared = {"dtype": "float32", "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False}
+        if not self.is_v4:
+            own = {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}
+            return shared | fields | own | {"num_key_value_heads": self.num_attention_heads}
+        part = self.qk_rope_head_dim / self.head_dim
+        part = part if int(self.head_dim * part) == self.qk_rope_head_dim else math.nextafter(part, 1)
+        rope = {
+            name: rope | {"partial_rotary_factor": part} | ({} if rope["rope_type"] == "default" else _PLAIN_YARN)
+            for name, rope in self.rope_parameters.items()
+        }
+        own = {"architectures": ["DeepseekV4ForCausalLM"], "num_key_value_heads": 1, "scoring_func": "sqrtsoftplus"}
+        return shared | fields | own | {"partial_rotary_factor": part, "rope_parameters": rope}
+
+    def _fill_in_v4(self) -> None:
+        """Types of the layers, and rotary parameters of both kinds, where they were left out."""
+        fill = {
+            "layer_types": self.layer_types or _default_layer_types(self.num_hidden_layers),
+            "mlp_layer_types": self.mlp_layer_types or _continued(["hash_moe", "moe"], self.num_hidden_layers, 1),
+        }
+        if "main" not in self.rope_parameters:
+            fill["rope_parameters"] = {"main": self.rope_parameters, "compress": self.rope_parameters}
+        for name, value in fill.items():
+            object.__setattr__(self, name, value)
+
+    def _check_sizes(self) -> None:
+        least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
+        least |= {"n_routed_experts": 1, "n_shared_experts": 1, "moe_intermediate_size": 1, "qk_rope_head_dim": 2}
+        for name, minimum in least.items():
+            _require(getattr(self, name) >= minimum, f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        _require(
+            1 <= self.num_experts_per_tok <= self.n_routed_experts,
+            f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and n_routed_experts "
+            f"({self.n_routed_experts})",
+        )
+        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even")
+        _require(
+            self.num_nextn_predict_layers in (0, 1),
+            f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; it must be 0 or 1",
+        )
+        for rope in self.rope_parameters.values() if self.is_v4 else (self.rope_parameters,):
+            _check_rope(rope)
+
+    def _check_v3(self) -> None:
         top_k, groups = self.num_experts_per_tok, self.n_group
         reachable = self.n_routed_experts // max(groups, 1) * self.topk_group
         _require(
@@ -59,86 +199,192 @@ class ModelConfig:
             1 <= self.topk_group <= groups, f"topk_group ({self.topk_group}) must lie between 1 and n_group ({groups})"
         )
         _require(
-            1 <= top_k <= reachable,
-            f"num_experts_per_tok ({top_k}) must lie between 1 and the {reachable} experts that routing can reach "
+            top_k <= reachable,
+            f"num_experts_per_tok ({top_k}) must not exceed the {reachable} experts that routing can reach "
             f"(n_routed_experts {self.n_routed_experts}, topk_group {self.topk_group} of n_group {groups})",
         )
         _require(
             groups == 1 or self.n_routed_experts // groups >= 2, "each group needs at least two experts; lower n_group"
         )
-        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even")
         _require(
             self.v_head_dim <= self.qk_head_dim,
             f"v_head_dim ({self.v_head_dim}) must not exceed qk_nope_head_dim + qk_rope_head_dim ({self.qk_head_dim})",
         )
 
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of one query or key: those without and those with a position."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+    def _check_v4(self) -> None:
+        for name, allowed in (("layer_types", LAYER_TYPES), ("mlp_layer_types", MLP_LAYER_TYPES)):
+            types = getattr(self, name)
+            unknown = [kind for kind in types if kind not in allowed]
+            _require(not unknown, f"{name} holds {', '.join(map(repr, unknown))}; choose among {', '.join(allowed)}")
+            _require(
+                len(types) == self.num_hidden_layers,
+                f"{name} has {len(types)} entries for num_hidden_layers {self.num_hidden_layers}; give one a layer",
+            )
+        for kind in (SPARSE, HEAVY):
+            rate = self.compress_rates.get(kind)
+            _require(
+                isinstance(rate, int) and rate >= 1, f"compress_rates[{kind!r}] is {rate!r}; it must be at least 1"
+            )
+        for name in ("sliding_window", "o_lora_rank", "index_n_heads", "index_head_dim", "index_topk", "hc_mult"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.hc_sinkhorn_iters >= 1, f"hc_sinkhorn_iters is {self.hc_sinkhorn_iters}; it must be at least 1")
+        _require(self.q_lora_rank is not None, "q_lora_rank is None; DeepSeek-V4 needs a number")
+        _require(
+            self.o_groups >= 1 and self.num_attention_heads % self.o_groups == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of o_groups ({self.o_groups})",
+        )
+        for name in ("head_dim", "index_head_dim"):
+            _require(
+                getattr(self, name) >= self.qk_rope_head_dim,
+                f"{name} ({getattr(self, name)}) must not be below qk_rope_head_dim ({self.qk_rope_head_dim})",
+            )
+        _require(self.swiglu_limit > 0, f"swiglu_limit is {self.swiglu_limit}; it must be above 0")
 
-    @classmethod
-    def preset(cls, name: str) -> ModelConfig:
-        """The architecture of that name; raises `ValueError` listing the known ones."""
-        if name not in PRESETS:
-            raise ValueError(f"no preset is called {name!r}; choose one of {', '.join(PRESETS)}")
-        return cls(**PRESETS[name])
 
-    def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with these fields changed; raises `ValueError` for a field that does not exist or has another type."""
-        known = {f.name: f for f in dataclasses.fields(self)}
-        for key, value in changes.items():
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(
-                    f"{key!r} is not a field of the model{f'; did you mean {close[0]!r}' if close else ''}"
-                )
-            _check_type(key, value, getattr(self, key), "None" in str(known[key].type))
-        return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ModelConfig:
-        """From a config.json; raises `ValueError` when it describes another architecture."""
-        if content.get("model_type") != "deepseek_v3":
-            raise ValueError(f"model_type is {content.get('model_type')!r}; this code reads 'deepseek_v3'")
-        known = {f.name for f in dataclasses.fields(cls)}
-        fields = {key: value for key, value in content.items() if key in known and (value is not None or "lora" in key)}
-        rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-        theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        kept = {key: rope[key] for key in ROPE_YARN_KEYS if key in rope} if kind == "yarn" else {}
-        return cls(**fields | {"rope_parameters": {"rope_type": kind, "rope_theta": theta} | kept})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json that transformers' DeepseekV3Config reads."""
-        fixed = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "float32"}
-        shared = {"num_key_value_heads": self.num_attention_heads, "rope_interleave": True, "attention_bias": False}
-        tail = {"hidden_act": "silu", "tie_word_embeddings": False, "num_nextn_predict_layers": 0}
-        return fixed | dataclasses.asdict(self) | shared | tail
+_PLAIN_YARN = {"attention_factor": 1.0}  # V4 does not scale cosine and sine
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active per token). Active leaves out the embedding look-up and the experts a token does not visit."""
-    c, heads = config, config.num_attention_heads
-    query_in = c.q_lora_rank or c.hidden_size
-    query = query_in * heads * c.qk_head_dim + (c.hidden_size * query_in + query_in if c.q_lora_rank else 0)
-    key_value = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    key_value += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
-    every_layer = query + key_value + heads * c.v_head_dim * c.hidden_size + 2 * c.hidden_size
-    dense_layers = min(c.first_k_dense_replace, c.num_hidden_layers)
-    moe_layers = c.num_hidden_layers - dense_layers
+    """(total, active per token) of the trunk. Active leaves out the embedding look-up and experts not visited."""
+    c = config
     expert = 3 * c.hidden_size * c.moe_intermediate_size
-    fixed = c.num_hidden_layers * every_layer + dense_layers * 3 * c.hidden_size * c.intermediate_size
-    fixed += moe_layers * (c.n_shared_experts * expert + c.n_routed_experts * c.hidden_size) + c.hidden_size
+    moe_layers = c.num_hidden_layers - c.first_moe_layer
+    fixed = sum(_attention_parameters(c, layer) for layer in range(c.num_hidden_layers))
+    fixed += c.num_hidden_layers * (2 * c.hidden_size + 2 * _hyper_connection_parameters(c)) + c.hidden_size
+    fixed += c.first_moe_layer * 3 * c.hidden_size * c.intermediate_size + _hyper_head_parameters(c)
+    fixed += moe_layers * (c.n_shared_experts * expert + c.n_routed_experts * c.hidden_size)
     vocabulary = c.vocab_size * c.hidden_size
     total = fixed + moe_layers * c.n_routed_experts * expert + 2 * vocabulary
     return total, fixed + moe_layers * c.num_experts_per_tok * expert + vocabulary
 
 
+def count_mtp_parameters(config: ModelConfig) -> int:
+    """What the multi-token prediction block adds; it shares embedding and head with the trunk."""
+    c = config
+    expert = 3 * c.hidden_size * c.moe_intermediate_size
+    moe = (c.n_shared_experts + c.n_routed_experts) * expert + c.n_routed_experts * c.hidden_size
+    block = _attention_parameters(c, None) + 2 * c.hidden_size + 2 * _hyper_connection_parameters(c) + moe
+    outside = 2 * c.hidden_size**2 + 3 * c.hidden_size + _hyper_head_parameters(c)
+    return c.num_nextn_predict_layers * (block + outside)
+
+
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Training FLOPs of one token, forward and backward: 6 per active parameter plus causal attention."""
-    heads = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    return 6 * count_parameters(config)[1] + 6 * config.num_hidden_layers * heads * sequence_length / 2
+    """Training FLOPs of one token, forward and backward: 6 per active parameter, the MTP block's included, plus
+    attention: causal in V3; in V4 the window, and the compressed entries of the past that a query looks at."""
+    c = config
+    active = count_parameters(c)[1]
+    if c.num_nextn_predict_layers:
+        idle = (c.n_routed_experts - c.num_experts_per_tok) * 3 * c.hidden_size * c.moe_intermediate_size
+        active += count_mtp_parameters(c) - idle + c.vocab_size * c.hidden_size
+    if not c.is_v4:
+        heads = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+        layers = c.num_hidden_layers + c.num_nextn_predict_layers
+        return 6 * active + 6 * layers * heads * sequence_length / 2
+    width = 2 * c.num_attention_heads * c.head_dim
+    pairs = (c.num_hidden_layers + c.num_nextn_predict_layers) * min(c.sliding_window, sequence_length / 2) * width
+    for kind in c.layer_types:
+        if kind != SLIDING:
+            entries = sequence_length / 2 / c.compress_rates[kind]
+            pairs += (min(entries, c.index_topk) if kind == SPARSE else entries) * width
+            pairs += entries * c.index_n_heads * c.index_head_dim if kind == SPARSE else 0
+    return 6 * active + 6 * pairs
+
+
+def _attention_parameters(c: ModelConfig, layer: int | None) -> int:
+    """Of one layer; None: the MTP block's."""
+    heads, d = c.num_attention_heads, c.hidden_size
+    if not c.is_v4:
+        query_in = c.q_lora_rank or d
+        query = query_in * heads * c.qk_head_dim + (d * query_in + query_in if c.q_lora_rank else 0)
+        key_value = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+        key_value += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+        return query + key_value + heads * c.v_head_dim * d
+    rank = c.q_lora_rank
+    query = d * rank + rank + rank * heads * c.head_dim
+    out = c.o_lora_rank * heads * c.head_dim + d * c.o_groups * c.o_lora_rank
+    plain = query + d * c.head_dim + c.head_dim + out + heads
+    kind = SLIDING if layer is None else c.layer_types[layer]
+    if kind == SLIDING:
+        return plain
+    compressor = _compressor_parameters(c, kind, c.head_dim)
+    if kind == HEAVY:
+        return plain + compressor
+    indexer = rank * c.index_n_heads * c.index_head_dim + d * c.index_n_heads
+    return plain + compressor + indexer + _compressor_parameters(c, kind, c.index_head_dim)
+
+
+def _compressor_parameters(c: ModelConfig, kind: str, width: int) -> int:
+    """Projections of values and gates, position bias, norm; the overlapping one has two halves."""
+    channels = width * (2 if kind == SPARSE else 1)
+    return 2 * channels * c.hidden_size + c.compress_rates[kind] * channels + width
+
+
+def _hyper_connection_parameters(c: ModelConfig) -> int:
+    rows = (2 + c.hc_mult) * c.hc_mult
+    return rows * c.hc_mult * c.hidden_size + rows + 3 if c.is_v4 else 0
+
+
+def _hyper_head_parameters(c: ModelConfig) -> int:
+    return c.hc_mult * c.hc_mult * c.hidden_size + c.hc_mult + 1 if c.is_v4 else 0
+
+
+def _default_layer_types(layers: int) -> list[str]:
+    """As in V4-Flash: two layers with a window alone, then sparse and heavy compression in turn."""
+    return _continued([SLIDING, SLIDING, SPARSE, HEAVY], layers, 2)
+
+
+def _continued(types: list[str], layers: int, period: int) -> list[str]:
+    """The first `layers` types; where there are fewer, the last `period` of them go on."""
+    tail = types[-period:]
+    return [*types, *(tail[n % len(tail)] for n in range(max(layers - len(types), 0)))][:layers]
+
+
+def _rope_v3(content: dict[str, Any]) -> dict[str, Any]:
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
+    return _rope(rope, theta)
+
+
+def _rope_v4(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both kinds, from transformers' nested form or from DeepSeek's rope_scaling with two thetas."""
+    nested = content.get("rope_parameters") or {}
+    if "main" not in nested:
+        scaling = nested or content.get("rope_scaling") or {}
+        nested = {"main": {"rope_theta": content.get("rope_theta", 1e4)}}
+        nested["compress"] = scaling | {"rope_theta": content.get("compress_rope_theta", 1.6e5)}
+    factor = nested["compress"].get("attention_factor", 1.0)
+    _require(factor in (1.0, None), f"attention_factor is {factor}; DeepSeek-V4 does not scale rotations, so it is 1.0")
+    return {name: _rope(rope, rope["rope_theta"]) for name, rope in nested.items()}
+
+
+def _rope(rope: dict[str, Any], theta: float) -> dict[str, Any]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    kept = {key: rope[key] for key in ROPE_YARN_KEYS if key in rope} if kind == "yarn" else {}
+    return {"rope_type": kind, "rope_theta": theta} | kept
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    kind = rope.get("rope_type", "default")
+    _require(kind in ROPE_TYPES, f"rope_type is {kind!r}; choose one of {', '.join(map(repr, ROPE_TYPES))}")
+    needed = ("rope_theta", *(("factor", "original_max_position_embeddings") if kind == "yarn" else ()))
+    missing = [key for key in needed if key not in rope]
+    _require(not missing, f"rope_parameters lack {', '.join(missing)}; add them")
+
+
+def _fields_v4(content: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSeek's own config.json says in other words, and channels with a position from transformers' fraction."""
+    layers, found = content.get("num_hidden_layers", 43), {}
+    if content.get("qk_rope_head_dim") is None:
+        found["qk_rope_head_dim"] = int(content.get("head_dim", 512) * content.get("partial_rotary_factor", 0.125))
+    if content.get("layer_types") is None and "compress_ratios" in content:
+        ratios = content["compress_ratios"][:layers]
+        unknown = sorted(set(ratios) - set(RATIOS))
+        _require(not unknown, f"compress_ratios holds {unknown}; known are 0, 4 and 128: give layer_types instead")
+        found["layer_types"] = [RATIOS[ratio] for ratio in ratios]
+    if content.get("mlp_layer_types") is None and "num_hash_layers" in content:
+        hashed = min(content["num_hash_layers"], layers)
+        found["mlp_layer_types"] = ["hash_moe"] * hashed + ["moe"] * (layers - hashed)
+    return found
 
 
 def _require(condition: bool, message: str) -> None:
@@ -152,39 +398,3 @@ def _check_type(key: str, value: Any, example: Any, optional: bool) -> None:
     kinds = (int, float) if isinstance(example, float) else (int if example is None else type(example),)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"{key} is {value!r}; it must be of type {kinds[-1].__name__}")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "v3-671b": {
-        "vocab_size": 129280,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": 61,
-        "num_attention_heads": 128,
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-        "first_k_dense_replace": 3,
-        "max_position_embeddings": 163840,
-        "rope_parameters": ROPE_DEFAULT
-        | {
-            "rope_type": "yarn",
-            "factor": 40.0,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-        "initializer_range": 0.006,
-    },
-}

@@ -30,6 +30,11 @@ class Batch:
     document_ids: Tensor
     documents: list[int]
 
+    def split(self, rows: int) -> list[Batch]:
+        """Parts of at most `rows` rows."""
+        columns = (self.input_ids.split(rows), self.targets.split(rows), self.document_ids.split(rows))
+        return [Batch(*part, self.documents) for part in zip(*columns, strict=True)]
+
 
 class Rows(Protocol):
     """An endless, shuffled sequence of rows."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from model.optim import role
+
 
 class LowRank(nn.Module):
     """The update of one weight [..., out, in]; starts at zero."""
@@ -28,12 +30,12 @@ class LowRank(nn.Module):
 
 
 def add_lora(net: nn.Module, rank: int, alpha: float, seed: int) -> None:
-    """Freeze `net` and give every matrix of its blocks, the router's excepted, a trainable low-rank update."""
+    """Freeze `net`; give every matrix of its layers, routers and hyper-connections excepted, a trainable update."""
     net.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for path, weight in list(net.named_parameters()):
         owner, _, name = path.rpartition(".")
-        if weight.ndim < 2 or ".layers." not in path or owner.endswith(".gate"):
+        if role(path, weight) != "matrix" or ".layers." not in path or owner.endswith((".gate", "_hc")):
             continue
         update = LowRank(weight, min(rank, *weight.shape[-2:]), alpha, generator)
         parametrize.register_parametrization(net.get_submodule(owner), name, update)

@@ -1,6 +1,7 @@
-"""Next-token cross entropy without the full [tokens, vocabulary] matrix.
+"""What a training minimises: cross entropy of the next token and of the one after, balance, the indexer's distance.
 
-Shapes: T tokens, D hidden size, V vocabulary.
+Cross entropy never holds the full [tokens, vocabulary] matrix.
+Shapes: B rows, S tokens, T = B * S, D hidden size, V vocabulary, M layers with experts, E routed experts.
 """
 
 from __future__ import annotations
@@ -11,8 +12,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.transformer import MoETransformer
+
 IGNORED = -100  # a target that does not count
 CHUNK = 2048  # tokens whose logits exist at the same time
+
+
+def losses_of(
+    net: MoETransformer, input_ids: Tensor, targets: Tensor, document_ids: Tensor, sparse: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(losses, statistics of the layers); input_ids, targets, document_ids are [B, S].
+
+    Losses are fp32 scalars, means over what they count: `loss` and `mtp_loss` in nats a token, `balance_loss` (1: every
+    expert alike) and `indexer_loss` (nats a query) over layers. What a model does not have is left out.
+    """
+    out = net(input_ids, document_ids, with_logits=False, with_mtp=True, sparse=sparse)
+    losses = {"loss": cross_entropy(out.hidden.flatten(0, 1), net.lm_head.weight, targets.flatten())}
+    if out.mtp_hidden is not None:
+        later = later_targets(targets, document_ids).flatten()
+        losses["mtp_loss"] = cross_entropy(out.mtp_hidden.flatten(0, 1), net.lm_head.weight, later)
+    for name in ("balance_loss", "indexer_loss"):
+        if name in out.statistics:
+            losses[name] = out.statistics.pop(name).mean()
+    return losses, {name: value.detach() for name, value in out.statistics.items()}
+
+
+def later_targets(targets: Tensor, document_ids: Tensor) -> Tensor:
+    """Targets one token further ahead, [B, S]: those of the next place, where it belongs to the same document."""
+    same = document_ids[:, 1:] == document_ids[:, :-1]
+    return F.pad(torch.where(same, targets[:, 1:], IGNORED), (0, 1), value=IGNORED)
 
 
 def cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:

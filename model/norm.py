@@ -17,3 +17,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """The same without a weight."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)

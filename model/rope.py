@@ -1,6 +1,6 @@
 """Rotary position embedding, interleaved pairs, with YaRN for contexts beyond the trained length.
 
-Shapes: B batch, S tokens, H heads, R rotary channels.
+Shapes: B batch, S tokens, H heads, D channels of a head, R rotary channels, the last of the D.
 RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071, section 3.2; DeepSeek-V3, arXiv 2412.19437, section 4.3.
 """
 
@@ -19,8 +19,6 @@ def frequencies(channels: int, rope: dict[str, Any]) -> Tensor:
     plain = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     if rope["rope_type"] == "default":
         return plain.float()
-    if rope["rope_type"] != "yarn":
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not known; use 'default' or 'yarn'")
     length = rope["original_max_position_embeddings"]
 
     def pair_with_turns(turns: float) -> float:
@@ -40,9 +38,8 @@ def yarn_mscale(rope: dict[str, Any], key: str) -> float:
     return 0.1 * rope.get(key, 0) * math.log(rope["factor"]) + 1.0
 
 
-def rotation(positions_BS: Tensor, frequencies_R: Tensor, rope: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(cosine, sine) of the angles, fp32 [B, S, 1, R / 2]."""
-    factor = rotation_scale(rope)
+def rotation(positions_BS: Tensor, frequencies_R: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(cosine, sine) of the angles times `factor`, fp32 [B, S, 1, R / 2]."""
     angles = positions_BS[..., None, None].float() * frequencies_R.to(positions_BS.device)
     return angles.cos() * factor, angles.sin() * factor
 
@@ -54,6 +51,13 @@ def rotation_scale(rope: dict[str, Any]) -> float:
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return yarn_mscale(rope, "mscale") / yarn_mscale(rope, "mscale_all_dim")
     return 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+
+def rotate_last(x_BSHD: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool = False) -> Tensor:
+    """Rotate the last R channels forth, or back; the ones before have no position."""
+    cos_BS1R, sin_BS1R = rotation
+    plain_BSHN, x_BSHR = x_BSHD.split([x_BSHD.shape[-1] - 2 * cos_BS1R.shape[-1], 2 * cos_BS1R.shape[-1]], dim=-1)
+    return torch.cat([plain_BSHN, rotate(x_BSHR, cos_BS1R, -sin_BS1R if inverse else sin_BS1R)], dim=-1)
 
 
 def rotate(x_BSHR: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor) -> Tensor:

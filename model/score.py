@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from model.transformer import MoETransformer
 
 LOGITS = 1 << 25  # numbers of logits that exist at the same time
+MEANS = ("router_entropy", "indexer_recall")
 
 
 @torch.no_grad()
@@ -54,6 +55,34 @@ def window_tokens(documents: Sequence[np.ndarray], sequence_length: int) -> int:
     """Tokens that `score` will read, overlaps counted twice."""
     lengths = [len(ids) for ids in documents]
     return sum(min(n - start, sequence_length) for n in lengths for start in _starts(n, sequence_length))
+
+
+@torch.no_grad()
+def diagnose(
+    net: MoETransformer, documents: Sequence[np.ndarray], sequence_length: int, device: torch.device
+) -> dict[str, float]:
+    """How well the parts do that the loss does not show, on the first `sequence_length` tokens of each document.
+
+    mtp_acceptance: how often greedy decoding would take the MTP block's draft; indexer_recall: share of dense attention
+    that goes to the entries which the indexer would choose; router_entropy (nats) and sinkhorn_error: means, worst.
+    What the model does not have is left out.
+    """
+    net.to(device).eval()
+    figures: dict[str, list[float]] = {}
+    for ids in documents:
+        ids_1S = torch.from_numpy(ids[:sequence_length].astype(np.int64)).to(device)[None]
+        out = net(ids_1S, with_mtp=True, sparse=False)
+        found = {name: out.statistics[name].mean() for name in MEANS if name in out.statistics}
+        if "sinkhorn_error" in out.statistics:
+            found["sinkhorn_error"] = out.statistics["sinkhorn_error"].max()
+        if out.mtp_hidden is not None and ids_1S.shape[1] > 1:
+            draft_1S = F.linear(out.mtp_hidden, net.lm_head.weight).argmax(dim=-1)
+            found["mtp_acceptance"] = (draft_1S[:, :-1] == out.logits.argmax(dim=-1)[:, 1:]).double().mean()
+        for name, value in found.items():
+            figures.setdefault(name, []).append(float(value))
+    return {
+        name: max(values) if name == "sinkhorn_error" else float(np.mean(values)) for name, values in figures.items()
+    }
 
 
 def _starts(length: int, window: int) -> range:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from model.checkpoint import CheckpointStore
 from model.data import Batch, Rows, batch
-from model.losses import cross_entropy
-from model.optim import adamw, balance_experts
-from model.schedule import learning_rate
+from model.losses import IGNORED, losses_of
+from model.optim import adamw, balance_experts, bias_range, muon
+from model.precision import autocast
+from model.schedule import batch_rows, first_row, learning_rate, mtp_weight
 from model.transformer import MoETransformer
 
 Record = dict[str, float]
@@ -36,14 +36,30 @@ class TrainConfig:
     batch_tokens: int
     sequence_length: int
     learning_rate: float
+    optimizer: str = "adamw"
     warmup_steps: int = 0
     decay_fraction: float = 1.0
+    decay: str = "linear"
+    final_fraction: float = 0.0
+    start_batch_tokens: int | None = None
+    batch_ramp_steps: int = 0
+    micro_batch_tokens: int | None = None
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    mtp_weights: tuple[float, float] = (0.3, 0.1)
+    balance_weight: float = 1e-4
+    indexer_weight: float = 1.0
+    dense_attention_steps: int = 0
     balance_speed: float = 1e-3
     precision: str = "float32"
     seed: int = 0
     checkpoint_every: int = 50
+
+    def rows(self, step: int) -> tuple[int, int]:
+        """(global index of the first row of a step's batch, how many rows it has)."""
+        full = self.batch_tokens // self.sequence_length
+        ramp = (full, (self.start_batch_tokens or self.batch_tokens) // self.sequence_length, self.batch_ramp_steps)
+        return first_row(step, *ramp), batch_rows(step, *ramp)
 
 
 class DivergedError(ArithmeticError):
@@ -64,24 +80,25 @@ def train(
 ) -> list[Record]:
     """Train `net` in place, from the newest checkpoint of `store` where there is one; returns one record a step.
 
-    report(step, record) is called after each step with loss (nats a token), learning_rate, gradient_norm,
-    max_load_over_mean and tokens_per_s; after a resume it first gets the records of the steps done before.
+    report(step, record) is called after each step with each loss (nats a token), learning_rate, gradient_norm, load and
+    health figures of the layers, tokens and tokens_per_s; after a resume it first gets the records of the steps before.
     Raises `DivergedError` when the loss or the gradient is not finite; nothing of that step is kept.
     """
     torch.manual_seed(config.seed)
     net.to(device).train()
-    optimizer = adamw(net, config.learning_rate, config.weight_decay)
+    make = muon if config.optimizer == "muon" else adamw
+    optimizer = make(net, config.learning_rate, config.weight_decay)
     history = _resume(net, optimizer, store)
     for step, record in enumerate(history):
         report(step, record)
-    count = config.batch_tokens // config.sequence_length
     for step in range(len(history), config.steps):
         start = time.perf_counter()
-        data = batch(rows, step * count, count)
+        data = batch(rows, *config.rows(step))
         record = _step(net, optimizer, data, step, config, device)
         if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
             raise DivergedError(step, data.documents, store.latest_path())
-        record["tokens_per_s"] = config.batch_tokens / (time.perf_counter() - start)
+        record |= {"tokens": data.input_ids.numel()}
+        record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - start)
         history.append(record)
         report(step, record)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
@@ -98,40 +115,55 @@ def _step(
     device: torch.device,
 ) -> Record:
     """One optimiser step; leaves the weights alone when loss or gradient is not finite."""
-    rate = learning_rate(step, config.steps, config.learning_rate, config.warmup_steps, config.decay_fraction)
+    c = config
+    rate = learning_rate(step, c.steps, c.learning_rate, c.warmup_steps, c.decay_fraction, c.decay, c.final_fraction)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss, load_ME = loss_of(net, data, config.precision, device)
-    loss.backward()
+    losses, statistics = _backward(net, data, step, config, device)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
-    if torch.isfinite(norm) and torch.isfinite(loss):
+    if torch.isfinite(norm) and math.isfinite(losses["loss"]):
         optimizer.step()
-        balance_experts(net, load_ME, config.balance_speed)
+        balance_experts(net, statistics["expert_load"], config.balance_speed)
     optimizer.zero_grad(set_to_none=True)
-    return {
-        "loss": loss.item(),
-        "learning_rate": rate,
-        "gradient_norm": norm.item(),
-        "max_load_over_mean": _imbalance(load_ME),
-    }
+    return losses | {"learning_rate": rate, "gradient_norm": norm.item()} | _health(net, statistics)
 
 
-def loss_of(net: MoETransformer, data: Batch, precision: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(mean cross entropy over the batch's targets, expert load [M, E])."""
-    with autocast(precision, device):
-        out = net(data.input_ids.to(device), data.document_ids.to(device), with_logits=False)
-        loss = cross_entropy(out.hidden.flatten(0, 1), net.lm_head.weight, data.targets.flatten().to(device))
-    return loss, out.expert_load
+def _backward(
+    net: MoETransformer, data: Batch, step: int, config: TrainConfig, device: torch.device
+) -> tuple[Record, dict[str, Tensor]]:
+    """Gradients of the whole batch, one part of it after the other; (mean losses, statistics over the batch)."""
+    ahead = mtp_weight(step, config.steps, config.decay_fraction, *config.mtp_weights)
+    weights = {"loss": 1.0, "mtp_loss": ahead}
+    weights |= {"balance_loss": config.balance_weight, "indexer_loss": config.indexer_weight}
+    parts = data.split(max(1, (config.micro_batch_tokens or data.input_ids.numel()) // data.input_ids.shape[1]))
+    counted = [int((part.targets != IGNORED).sum()) for part in parts]
+    means: Record = {}
+    statistics: dict[str, Tensor] = {}
+    for part, count in zip(parts, counted, strict=True):
+        with autocast(config.precision, device):
+            tensors = (part.input_ids.to(device), part.targets.to(device), part.document_ids.to(device))
+            losses, seen = losses_of(net, *tensors, sparse=step >= config.dense_attention_steps)
+        share = count / max(sum(counted), 1)
+        torch.stack([weights[name] * share * loss for name, loss in losses.items()]).sum().backward()
+        means = {name: means.get(name, 0.0) + share * loss.item() for name, loss in losses.items()}
+        statistics = {name: statistics[name] + value if statistics else value for name, value in seen.items()}
+    load_ME = statistics.pop("expert_load")
+    return means, {name: value / len(parts) for name, value in statistics.items()} | {"expert_load": load_ME}
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 matrix products over fp32 weights, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-
-def _imbalance(load_ME: Tensor) -> float:
-    """Largest load over mean load, worst layer; 1 is perfect balance, 0 where no layer has experts."""
-    return (load_ME.max(dim=1).values / load_ME.float().mean(dim=1)).max().item() if len(load_ME) else 0.0
+def _health(net: MoETransformer, statistics: dict[str, Tensor]) -> Record:
+    """Figures that say whether the layers work: of the worst layer, except for means of entropy and recall."""
+    load_ME = statistics["expert_load"].float()
+    record = {"bias_range": bias_range(net)}
+    if len(load_ME):
+        over_mean_ME = load_ME / load_ME.mean(dim=1, keepdim=True)
+        record |= {"max_load_over_mean": over_mean_ME.max().item(), "min_load_over_mean": over_mean_ME.min().item()}
+        record["router_entropy"] = statistics["router_entropy"].mean().item()
+    if "sinkhorn_error" in statistics:
+        record["sinkhorn_error"] = statistics["sinkhorn_error"].max().item()
+    if "indexer_recall" in statistics:
+        record["indexer_recall"] = statistics["indexer_recall"].mean().item()
+    return record
 
 
 def _state(net: MoETransformer, optimizer: torch.optim.Optimizer, history: list[Record]) -> dict[str, Any]:

@@ -1,52 +1,45 @@
-"""The language model: embedding, blocks of attention and feed-forward, norm, head.
+"""The language model: embedding, blocks of attention and feed-forward, norm, head; beside it multi-token prediction.
 
-Shapes: B batch, S tokens a row, T keys, D hidden size, V vocabulary, E routed experts, M layers with experts.
-DeepSeek-V3, arXiv 2412.19437, figure 2. Module names are those of transformers' DeepseekV3ForCausalLM.
+Shapes: B rows, S tokens a row, D hidden size, N residual streams (V4), V vocabulary, E routed experts, M layers with
+experts. DeepSeek-V3, arXiv 2412.19437, figure 2; V4, arXiv 2606.19348, figure 2. Module names are transformers'.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import LatentAttention, LatentCache, Rotation
+from model.block import Block
+from model.cache import Cache
 from model.config import ModelConfig
-from model.moe import MixtureOfExperts, SwiGLU
+from model.context import Context
+from model.hyper_connections import HyperHead
+from model.mtp import MultiTokenPrediction
 from model.norm import RMSNorm
-from model.rope import frequencies, rotation
 
 
 @dataclass
 class Output:
-    """logits [B, S, V] fp32; hidden [B, S, D] before the head; expert_load [M, E] int64: tokens each expert took."""
+    """What a forward pass gives.
+
+    logits [B, S, V] fp32, or None where they were not asked for; hidden [B, S, D] before the head; state: the trunk's
+    last, [B, S, D] or [B, S, N, D]; mtp_hidden [B, S, D]: as hidden, one token further ahead, where asked for;
+    statistics: what the layers report, stacked by name, as expert_load [M, E] int64 (the MTP block's last).
+    """
 
     logits: Tensor | None
     hidden: Tensor
-    expert_load: Tensor
+    state: Tensor
+    mtp_hidden: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
-
-class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        dense = layer < config.first_k_dense_replace
-        self.self_attn = LatentAttention(config)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x_BSD: Tensor, rotation: Rotation, mask: Tensor | None, cache: LatentCache | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """([B, S, D], load [E] or None in a dense layer)."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation, mask, cache)
-        fed = self.mlp(self.post_attention_layernorm(x_BSD))
-        y_BSD, load_E = fed if isinstance(fed, tuple) else (fed, None)
-        return x_BSD + y_BSD, load_E
+    @property
+    def expert_load(self) -> Tensor:
+        """Tokens that each expert of each layer took, [M, E] int64."""
+        return self.statistics["expert_load"]
 
 
 class Trunk(nn.Module):
@@ -57,79 +50,98 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.is_v4:
+            self.hc_head = HyperHead(config)
 
 
 class MoETransformer(nn.Module):
-    """A DeepSeek-V3 language model. Master weights are fp32; compute follows `torch.autocast`."""
+    """A DeepSeek-V3 or V4 language model. Master weights are fp32; compute follows `torch.autocast`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.num_nextn_predict_layers:
+            self.mtp = nn.ModuleList([MultiTokenPrediction(config)])
 
     def forward(
         self,
         input_ids: Tensor,
         document_ids: Tensor | None = None,
-        caches: list[LatentCache] | None = None,
-        start: int = 0,
+        cache: Cache | None = None,
+        counts_B: Tensor | None = None,
         with_logits: bool = True,
+        with_mtp: bool = False,
+        sparse: bool = True,
     ) -> Output:
         """input_ids [B, S] int64 -> Output.
 
-        document_ids [B, S]: tokens see each other, and count positions, only inside a run of equal ids; None means one
-        document a row. caches: one per layer, filled in place; `start` is the number of tokens they hold already.
+        document_ids [B, S]: tokens see each other, and count positions, only inside a run of equal ids, negative ones
+        are padding; None means one document a row. cache: go on where it ends, filled in place; counts_B: how many of
+        the S tokens of each row are real. sparse False: sparse layers attend to every entry, not to the indexer's
+        choice alone.
         """
-        positions_BS = _positions(input_ids, document_ids, start)
-        mask = _mask(input_ids, document_ids, start)
-        x_BSD = self.model.embed_tokens(input_ids)
-        rope = self.config.rope_parameters
-        turn = rotation(positions_BS, frequencies(self.config.qk_rope_head_dim, rope), rope)
-        loads = []
+        context = Context(self.config, input_ids, document_ids, cache, counts_B, sparse)
+        x = embedded_BSD = self.model.embed_tokens(input_ids)
+        if self.config.is_v4:
+            x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         for number, block in enumerate(self.model.layers):
-            x_BSD, load_E = block(x_BSD, turn, mask, caches[number] if caches else None)
-            loads += [] if load_E is None else [load_E]
-        hidden_BSD = self.model.norm(x_BSD)
+            x = block(x, context, f"layer {number}")
+        hidden_BSD = self.model.norm(self.model.hc_head(x) if self.config.is_v4 else x)
         logits_BSV = F.linear(hidden_BSD, self.lm_head.weight).float() if with_logits else None
-        load_ME = torch.stack(loads) if loads else input_ids.new_zeros(0, self.config.n_routed_experts)
-        return Output(logits_BSV, hidden_BSD, load_ME)
+        foretold = None
+        if with_mtp and self.config.num_nextn_predict_layers:
+            foretold = self.mtp[0].foretell(x, embedded_BSD.roll(-1, dims=1), context)
+        statistics = {name: torch.stack(values) for name, values in context.statistics.items()}
+        if "expert_load" not in statistics:
+            statistics["expert_load"] = input_ids.new_zeros(0, self.config.n_routed_experts)
+        return Output(logits_BSV, hidden_BSD, x, foretold, statistics)
 
+    def foretell(self, state: Tensor, next_ids: Tensor, cache: Cache, counts_B: Tensor) -> Tensor:
+        """The MTP block's state for the head, [B, S, D], while decoding.
 
-def _positions(input_ids: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
-    """Position of each token inside its document, [B, S]."""
-    steps_S = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-    if document_ids is None:
-        return steps_S.expand_as(input_ids)
-    new_BS = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    return steps_S - torch.where(new_BS, steps_S, 0).cummax(dim=1).values
-
-
-def _mask(input_ids: Tensor, document_ids: Tensor | None, start: int) -> Tensor | None:
-    """Additive attention mask [B or 1, 1, S, T], fp32; None where plain causal attention over S = T is meant."""
-    length = input_ids.shape[1]
-    if document_ids is None and start == 0:
-        return None
-    queries, keys = (torch.arange(first, start + length, device=input_ids.device) for first in (start, 0))
-    allowed = (keys <= queries[:, None])[None]
-    if document_ids is not None:
-        allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
-    return torch.zeros(allowed.shape, device=input_ids.device).masked_fill_(~allowed, float("-inf")).unsqueeze(1)
+        state: the trunk's of S tokens that `cache`, the block's own, has not seen; next_ids [B, S]: the tokens after
+        each; counts_B: how many of the S are real.
+        """
+        context = Context(self.config, next_ids, cache=cache, counts_B=counts_B)
+        return self.mtp[0].foretell(state, self.model.embed_tokens(next_ids), context)
 
 
 def build(config: ModelConfig, seed: int = 0) -> MoETransformer:
-    """A freshly initialised model, fp32, on the CPU.
+    """A freshly initialised model for training, fp32, on the CPU.
 
     Matrices are normal with deviation `initializer_range`, except that those which write into the residual stream
-    (`o_proj`, `down_proj`) are divided by sqrt(2 * layers), so that its variance does not grow with depth.
+    (`o_proj`, `o_b_proj`, `down_proj`) are divided by sqrt(2 * layers), so that its variance does not grow with depth.
+    Hyper-connections start near the plain residual path: gating factors are 0.01 (arXiv 2512.24880, table 5), the bias
+    of the mixing matrix favours its diagonal, and each sub-layer reads and writes one stream more than the others, a
+    different one from layer to layer: streams that start alike and are treated alike would never part.
     """
     net = MoETransformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in net.named_parameters():
-            if weight.ndim < 2:
+            if weight.ndim < 2 or name.endswith("position_bias"):
                 continue
-            residual = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
+            residual = name.endswith(("o_proj.weight", "o_b_proj.weight", "down_proj", "down_proj.weight"))
             scale = (2 * config.num_hidden_layers) ** -0.5 if residual else 1.0
             weight.normal_(0.0, config.initializer_range * scale, generator=generator)
+        if config.is_v4:
+            _part_streams(net)
     return net
+
+
+GATING, DIAGONAL, APART = 0.01, 4.0, 1.0  # of hyper-connections at the start
+
+
+def _part_streams(net: MoETransformer) -> None:
+    n = net.config.hc_mult
+    blocks = [*net.model.layers, *getattr(net, "mtp", [])]
+    for number, residual in enumerate(r for block in blocks for r in (block.attn_hc, block.ffn_hc)):
+        residual.scale.fill_(GATING)
+        read, write, mix = residual.base.split(residual.parts)
+        mix.view(n, n).copy_(DIAGONAL * torch.eye(n))
+        read[number % n] += APART
+        write[number % n] += APART
+    for head in (net.model.hc_head, *(block.hc_head for block in getattr(net, "mtp", []))):
+        head.hc_scale.fill_(GATING)

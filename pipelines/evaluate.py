@@ -21,7 +21,7 @@ import torch
 from moe_kernels import device as devices
 
 from model.generate import generate
-from model.score import score, window_tokens
+from model.score import diagnose, score, window_tokens
 from model.transformer import MoETransformer
 from pipelines import models, stage
 from pipelines.corpus import dialogues, heldout
@@ -32,6 +32,7 @@ from pipelines.tracking import Run
 
 MODELS, CLEAN, CHAT, REPORTS = Path("data/models"), Path("data/clean"), Path("data/chat"), Path("reports")
 RESAMPLES = 2000  # of documents, for the confidence interval
+DIAGNOSED = 16  # documents that the figures of health are taken on
 
 
 def evaluate(
@@ -52,7 +53,8 @@ def evaluate(
     net = models.load(folder, made_by="finetune" if variant == "chat" else "pretrain")
     encoder = load_encoder(folder)
     table = heldout(clean, params.max_bytes)
-    table["nats"], load_ME = _score_documents(net, encoder, table["text"], params, variant)
+    ids = [np.array([BOS, *tokens]) for tokens in encoder.encode_ordinary_batch(table["text"].tolist())]
+    table["nats"], load_ME = _score_documents(net, ids, params, variant)
     baselines = stage.read_json(reports / "baselines.json", made_by="baselines")
     metrics = {
         "bits_per_byte": bits_per_byte(table),
@@ -61,7 +63,8 @@ def evaluate(
         "baselines": {name: baselines[name] for name in ("xz", "five_gram")},
         "by_source": _by(table, "source"),
         "by_language": _by(table, "language"),
-        **expert_load(load_ME, net.config.first_k_dense_replace),
+        **expert_load(load_ME, net.config.first_moe_layer),
+        "health": diagnose(net, ids[:DIAGNOSED], params.sequence_length, devices.default()),
         "samples": samples(net, encoder, params, variant),
     }
     metrics |= assistant_perplexity(net, encoder, chat, languages, params.sequence_length)
@@ -74,9 +77,8 @@ def evaluate(
 
 
 def _score_documents(
-    net: MoETransformer, encoder: tiktoken.Encoding, texts: pd.Series, params: Evaluate, variant: str
+    net: MoETransformer, ids: list[np.ndarray], params: Evaluate, variant: str
 ) -> tuple[list[float], torch.Tensor]:
-    ids = [np.array([BOS, *tokens]) for tokens in encoder.encode_ordinary_batch(texts.tolist())]
     with stage.progress(f"evaluate {variant}", window_tokens(ids, params.sequence_length)) as advance:
         nats, load_ME = score(net, ids, params.sequence_length, devices.default(), advance)
     return [float(row.sum()) for row in nats], load_ME

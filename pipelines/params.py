@@ -66,6 +66,8 @@ class Training(Section):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for matrices, AdamW for the rest")
+    micro_batch_tokens: int | None = Field(None, ge=8, description="tokens a forward pass; none: the whole batch")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast over fp32 weights")
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
@@ -76,6 +78,11 @@ class Training(Section):
             raise ValueError(
                 f"`batch_tokens` ({self.batch_tokens}) must be a multiple of `sequence_length` ({self.sequence_length})"
             )
+        if (self.micro_batch_tokens or self.sequence_length) % self.sequence_length:
+            raise ValueError(
+                f"`micro_batch_tokens` ({self.micro_batch_tokens}) must be a multiple of `sequence_length` "
+                f"({self.sequence_length})"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must be below `steps` ({self.steps})")
         return self
@@ -84,11 +91,30 @@ class Training(Section):
 class Pretrain(Training):
     model: dict[str, Any] = Field(description="`preset` names an architecture; other keys override its fields")
     decay_fraction: float = Field(0.4, ge=0, le=1, description="last share of the steps, over which the rate decays")
+    decay: Literal["linear", "cosine"] = Field("linear", description="shape of that decay")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="share of the peak rate where the decay ends")
+    start_batch_tokens: int | None = Field(None, ge=8, description="batch of the first step; none: no ramp")
+    batch_ramp_steps: int = Field(0, ge=0, description="steps over which the batch grows to `batch_tokens`")
     balance_speed: float = Field(1e-3, ge=0, description="router bias step, DeepSeek-V3 section 2.1.2")
+    balance_weight: float = Field(1e-4, ge=0, description="weight of the sequence-wise balance loss")
+    mtp_weights: list[float] = Field(
+        default_factory=lambda: [0.3, 0.1],
+        min_length=2,
+        max_length=2,
+        description="weight of the multi-token prediction loss before and during the decay of the rate",
+    )
+    indexer_weight: float = Field(1.0, ge=0, description="weight of the indexer's loss, V4")
+    dense_attention_steps: int = Field(0, ge=0, description="first steps, in which sparse layers see every entry, V4")
 
     @model_validator(mode="after")
     def _architecture_is_possible(self) -> Pretrain:
         config = self.architecture()
+        start = self.start_batch_tokens or self.batch_tokens
+        if start % self.sequence_length or start > self.batch_tokens:
+            raise ValueError(
+                f"`start_batch_tokens` ({start}) must be a multiple of `sequence_length` ({self.sequence_length}), and "
+                f"not above `batch_tokens` ({self.batch_tokens})"
+            )
         if self.sequence_length > config.max_position_embeddings:
             raise ValueError(
                 f"`sequence_length` ({self.sequence_length}) must not exceed the model's max_position_embeddings "

@@ -49,6 +49,7 @@ def review(params: Register, release: Path, reports: Path, page: Path, run: Run 
         facts=facts,
         digest=register.folder_digest(register.file_digests(release)),
         figures=_figures(content, reports / "plots"),
+        health=_health(content["base"]["health"], content["chat"]["health"]),
         languages=_top_languages(content["base"]["by_language"], content["chat"]["by_language"]),
         command=_command(facts),
         **content,
@@ -82,7 +83,27 @@ def _champion(params: Register) -> tuple[dict[str, Any], str]:
 
 def _model(config: ModelConfig) -> dict[str, Any]:
     total, active = count_parameters(config)
-    return {"config": config, "total": total, "active": active}
+    kinds = Counter(config.layer_types) if config.is_v4 else {"latent attention": config.num_hidden_layers}
+    attention = ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in kinds.items())
+    family = "DeepSeek-V4" if config.is_v4 else "DeepSeek-V3"
+    return {"config": config, "total": total, "active": active, "family": family, "attention": attention}
+
+
+HEALTH = {
+    "mtp_acceptance": ("Drafts taken", "share of the MTP block's drafts that greedy decoding would take"),
+    "indexer_recall": ("Indexer's recall", "share of dense attention on the entries that the indexer chooses"),
+    "router_entropy": ("Router entropy", "nats, mean over layers and tokens"),
+    "sinkhorn_error": ("Sinkhorn error", "how far a row of a mixing matrix is from a sum of 1, worst"),
+}
+
+
+def _health(base: dict[str, float], chat: dict[str, float]) -> list[dict[str, str]]:
+    """Figures of the model's parts, as rows; those that it does not have are left out."""
+    return [
+        {"name": title, "base": f"{base[name]:.3g}", "chat": f"{chat[name]:.3g}", "what": what}
+        for name, (title, what) in HEALTH.items()
+        if name in base
+    ]
 
 
 def _command(facts: dict[str, Any]) -> str:

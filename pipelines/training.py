@@ -100,19 +100,27 @@ def _write_curve(path: Path, history: list[Record]) -> None:
 
 
 def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
-    """First and last loss (mean of ten steps), size, speed (median step)."""
+    """First and last of each loss (mean of ten steps), size, speed (median step), and how experts were used.
+
+    max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
+    expert that took no token.
+    """
     table = pd.DataFrame(history)
+    losses = {name: float(table[name].tail(10).mean()) for name in table.columns if name.endswith("_loss")}
+    idle = (table["min_load_over_mean"].iloc[config.warmup_steps :] == 0).sum()
     total, active = count_parameters(model)
     speed = float(table["tokens_per_s"].median())
     return {
         "steps": config.steps,
-        "tokens": config.steps * config.batch_tokens,
+        "tokens": int(table["tokens"].sum()),
         "loss_first": float(table["loss"].head(10).mean()),
         "loss_last": float(table["loss"].tail(10).mean()),
+        **losses,
         "max_load_over_mean": float(table["max_load_over_mean"].tail(10).mean()),
+        "idle_experts": int(idle),
         "parameters": total,
         "active_parameters": active,
         "tokens_per_s": speed,
         "share_of_peak": share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device),
-        "seconds": float((config.batch_tokens / table["tokens_per_s"]).sum()),
+        "seconds": float((table["tokens"] / table["tokens_per_s"]).sum()),
     }

@@ -37,9 +37,11 @@ SMALL = {
     "evaluate": {"sequence_length": 64, "max_bytes": 20_000, "sample_tokens": 4},
 }
 MODEL = {
-    "preset": "demo", "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4,
+    "preset": "demo", "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}, "q_lora_rank": 16,
+    "head_dim": 16, "qk_rope_head_dim": 8, "o_groups": 1, "o_lora_rank": 8, "sliding_window": 16, "index_n_heads": 2,
+    "index_head_dim": 8, "index_topk": 4, "hc_mult": 2, "hc_sinkhorn_iters": 3, "n_routed_experts": 4,
 }  # fmt: skip
 
 

@@ -4,5 +4,8 @@
 """
 
 from moe_kernels.reference.experts import experts
+from moe_kernels.reference.newton_schulz import newton_schulz
+from moe_kernels.reference.sinkhorn import sinkhorn
+from moe_kernels.reference.window_attention import cached_window_attention, window_attention
 
-__all__ = ["experts"]
+__all__ = ["cached_window_attention", "experts", "newton_schulz", "sinkhorn", "window_attention"]

@@ -44,6 +44,15 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it (AMX, AVX512-BF16, tensor units), else float32."""
+    if device.type == "cpu":
+        fast = any(key.endswith("bf16") and held for key, held in torch.cpu.get_capabilities().items())
+    else:
+        fast = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: True)()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def prepare() -> None:
     """Set this process up for training: use the cores it may run on, and keep freed memory for the next step.
 

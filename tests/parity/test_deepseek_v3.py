@@ -25,6 +25,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     groups = draw(st.sampled_from([1, 2, 4]))
     layers = draw(st.integers(1, 3))
     return ModelConfig(
+        model_type="deepseek_v3",
         vocab_size=128,
         hidden_size=draw(st.sampled_from([32, 48])),
         intermediate_size=64,
@@ -96,12 +97,6 @@ def test_reads_what_transformers_writes(tmp_path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
     ids = torch.randint(0, 128, (1, 40))
     assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
-
-
-def test_full_size_parameter_count() -> None:
-    total, active = count_parameters(ModelConfig.preset("v3-671b"))
-    assert round(total / 1e9, 1) == 671.0
-    assert round(active / 1e9) == 37
 
 
 @settings(max_examples=10, deadline=None)

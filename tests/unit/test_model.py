@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import ModelConfig, build, generate, load_pretrained, save_pretrained
+from model import ModelConfig, build, generate
 from model.checkpoint import CheckpointStore
 from model.data import IGNORED, PackedDialogues, PackedTokens, batch
 from model.lora import add_lora, merge_lora
@@ -19,9 +19,9 @@ from model.optim import adamw, balance_experts
 from model.schedule import learning_rate
 
 TINY = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    n_routed_experts=8, num_experts_per_tok=2, initializer_range=0.1,
+    model_type="deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+    num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, initializer_range=0.1,
 )  # fmt: skip
 
 
@@ -196,27 +196,6 @@ def test_lora_starts_as_nothing_trains_little_and_merges_exactly() -> None:
     assert net.state_dict().keys() == build(TINY).state_dict().keys()
 
 
-def test_folder_problems_are_listed_in_one_error(tmp_path: Path, net) -> None:
-    with pytest.raises(ValueError, match="no config.json"):
-        load_pretrained(tmp_path)
-    save_pretrained(net, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 9, "vocab_size": 65}))
-    with pytest.raises(
-        ValueError,
-        match=r"missing model.layers.1.mlp.experts.*lm_head.weight is \[64, 32\], not \[65, 32\]|lm_head.*missing",
-    ):
-        load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="'llama'"):
-        load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    content = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="is damaged"):
-        load_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -236,5 +215,5 @@ def test_impossible_architectures_are_named(changes: dict, sentence: str) -> Non
 
 
 def test_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="demo, v3-671b"):
+    with pytest.raises(ValueError, match="demo, demo-v3, v3-671b, v4-flash, v4-pro"):
         ModelConfig.preset("huge")

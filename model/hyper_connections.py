@@ -1,0 +1,90 @@
+"""Residual paths: the plain one of DeepSeek-V3, and DeepSeek-V4's manifold-constrained hyper-connections (mHC).
+
+Both are used alike: `h, write = residual(x)` reads what the sub-layer sees, `x = write(sub_layer(h))` puts it back.
+mHC keeps N streams; it reads a weighted sum of them, mixes them by a doubly stochastic matrix and writes to each.
+Coefficients and streams stay fp32 under autocast. arXiv 2512.24880, section 4; DeepSeek-V4, arXiv 2606.19348, 2.2.
+
+Shapes: B rows, S tokens, N streams, D hidden size, P = (2 + N) N coefficients a token: read N | write N | mix N x N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from moe_kernels import sinkhorn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+from model.context import Context
+from model.precision import full_precision
+
+Write = Callable[[Tensor], Tensor]
+
+
+class Residual(nn.Module):
+    """x + sub_layer(x), on [B, S, D]."""
+
+    def forward(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Write]:
+        return x_BSD, lambda y_BSD: x_BSD + y_BSD
+
+
+class HyperConnection(nn.Module):
+    """mHC around one sub-layer, on [B, S, N, D]; parameter names are those of transformers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n = config.hc_mult
+        self.config, self.parts = config, [n, n, n * n]
+        self.fn = nn.Parameter(torch.empty(sum(self.parts), n * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros(sum(self.parts)))
+        self.scale = nn.Parameter(torch.ones(len(self.parts)))
+
+    def forward(self, x_BSND: Tensor, context: Context) -> tuple[Tensor, Write]:
+        """(what the sub-layer reads [B, S, D], how its output is written: [B, S, D] -> [B, S, N, D])."""
+        with full_precision(x_BSND.device):
+            x_TND = x_BSND.float().flatten(0, 1)
+            read_T1N, write_TN1, mix_TNN = self._coefficients(x_TND, context)
+            h_BSD = torch.bmm(read_T1N, x_TND).view(*x_BSND.shape[:2], -1)
+
+        def write(y_BSD: Tensor) -> Tensor:
+            with full_precision(y_BSD.device):
+                kept_TND = torch.bmm(mix_TNN.mT, x_TND)
+                return torch.baddbmm(kept_TND, write_TN1, y_BSD.float().reshape(len(x_TND), 1, -1)).view(x_BSND.shape)
+
+        return h_BSD, write
+
+    def _coefficients(self, x_TND: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """arXiv 2512.24880, equations 7 and 8: (read [T, 1, N], write [T, N, 1], mix [T, N from, N to]), fp32."""
+        c, n = self.config, self.config.hc_mult
+        u_TP = projected(x_TND.flatten(1), self.fn, c.rms_norm_eps)
+        parts = zip(u_TP.split(self.parts, dim=-1), self.scale, self.base.split(self.parts), strict=True)
+        read, write, mix = (u * scale + base for u, scale, base in parts)
+        mix_TNN = sinkhorn(mix.view(-1, n, n), c.hc_sinkhorn_iters, c.hc_eps)
+        context.note("sinkhorn_error", (mix_TNN.detach().sum(dim=-1) - 1).abs().max())
+        return (read.sigmoid() + c.hc_eps).unsqueeze(1), 2 * write.sigmoid().unsqueeze(2), mix_TNN
+
+
+class HyperHead(nn.Module):
+    """The streams to one at the end of the trunk: a weighted sum, [B, S, N, D] -> [B, S, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n = config.hc_mult
+        self.config = config
+        self.hc_fn = nn.Parameter(torch.empty(n, n * config.hidden_size))
+        self.hc_base = nn.Parameter(torch.zeros(n))
+        self.hc_scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x_BSND: Tensor) -> Tensor:
+        with full_precision(x_BSND.device):
+            x_TND = x_BSND.float().flatten(0, 1)
+            u_TN = projected(x_TND.flatten(1), self.hc_fn, self.config.rms_norm_eps)
+            read_TN = (u_TN * self.hc_scale + self.hc_base).sigmoid() + self.config.hc_eps
+            return torch.bmm(read_TN.unsqueeze(1), x_TND).view(*x_BSND.shape[:2], -1)
+
+
+def projected(x_TC: Tensor, fn_PC: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) fn^T, with the division after the product: [T, C] -> [T, P]."""
+    return F.linear(x_TC, fn_PC) * torch.rsqrt(x_TC.square().mean(dim=-1, keepdim=True) + eps)

@@ -1,0 +1,19 @@
+"""Where matrix products round: bfloat16 over fp32 weights, or fp32 whatever surrounds it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 matrix products over fp32 weights, or nothing. precision: "bfloat16" or "float32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast inside: router scores and hyper-connections are fp32 always."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
