@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOG := .venv/install.log
-comma := ,
+NPU := .venv-npu/bin
+EMULATOR := $(if $(wildcard /dev/davinci0),,$(CURDIR)/.venv-npu/fakecann)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lab ui serve
+.PHONY: help demo test test-npu lab ui serve
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -19,6 +20,10 @@ demo: .venv/installed-core ## raw text to a promoted model, in one go (about 10 
 
 test: .venv/installed-dev ## the whole test suite
 	@ruff check --quiet . && ruff format --check --quiet . && python -m pytest
+
+test-npu: .venv-npu/installed ## tests through torch_npu: on Ascend cards where there are some, else emulated on the CPU
+	@$(if $(EMULATOR),$(NPU)/python kernels/fakecann/build.py $(EMULATOR))
+	@$(if $(EMULATOR),LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH) $(NPU)/python -m pytest tests/npu
 
 lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 	@jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks
@@ -37,7 +42,7 @@ $(BIN)/pip:
 
 define install
 	@echo "install    $(1)"
-	@start=$$(date +%s); ( $(BIN)/pip install --disable-pip-version-check $(2) ) >>$(LOG) 2>&1 \
+	@start=$$(date +%s); ( $(or $(3),$(BIN))/pip install --disable-pip-version-check $(2) ) >>$(LOG) 2>&1 \
 	  || { tail -n 3 $(LOG); echo "install    failed; the whole log is $(CURDIR)/$(LOG)"; exit 1; }; \
 	  echo "install    done in $$(($$(date +%s) - start)) s"
 endef
@@ -51,11 +56,19 @@ endef
 	@touch $@
 
 .venv/installed-dev: .venv/installed-core
-	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev$(comma)serve])
+	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
 	@touch $@
 
 .venv/installed-serve: .venv/installed-core
 	$(call install,the endpoint,-c constraints.txt -e .[serve])
+	@touch $@
+
+# torch_npu has an environment of its own, which sees all of .venv: in .venv `import torch` would fail without CANN.
+.venv-npu/installed: .venv/installed-dev
+	@$(PYTHON) -m venv .venv-npu
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	  > $$($(NPU)/python -c 'import site; print(site.getsitepackages()[0])')/shovel.pth
+	$(call install,.venv-npu: torch_npu,--no-deps -c constraints.txt torch-npu,$(NPU))
 	@touch $@
 
 .venv/installed-lab: .venv/installed-core

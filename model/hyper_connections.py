@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from moe_kernels import sinkhorn
+from moe_kernels import hyper_read, hyper_write
+from moe_kernels.reference.hyper_connection import projected
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.context import Context
@@ -43,27 +43,19 @@ class HyperConnection(nn.Module):
 
     def forward(self, x_BSND: Tensor, context: Context) -> tuple[Tensor, Write]:
         """(what the sub-layer reads [B, S, D], how its output is written: [B, S, D] -> [B, S, N, D])."""
+        c = self.config
         with full_precision(x_BSND.device):
             x_TND = x_BSND.float().flatten(0, 1)
-            read_T1N, write_TN1, mix_TNN = self._coefficients(x_TND, context)
-            h_BSD = torch.bmm(read_T1N, x_TND).view(*x_BSND.shape[:2], -1)
+            h_TD, write_TN, mix_TNN = hyper_read(
+                x_TND, self.fn, self.base, self.scale, c.rms_norm_eps, c.hc_sinkhorn_iters, c.hc_eps
+            )
+        context.note("sinkhorn_error", (mix_TNN.detach().sum(dim=-1) - 1).abs().max())
 
         def write(y_BSD: Tensor) -> Tensor:
             with full_precision(y_BSD.device):
-                kept_TND = torch.bmm(mix_TNN.mT, x_TND)
-                return torch.baddbmm(kept_TND, write_TN1, y_BSD.float().reshape(len(x_TND), 1, -1)).view(x_BSND.shape)
+                return hyper_write(x_TND, y_BSD.float().flatten(0, 1), write_TN, mix_TNN).view(x_BSND.shape)
 
-        return h_BSD, write
-
-    def _coefficients(self, x_TND: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """arXiv 2512.24880, equations 7 and 8: (read [T, 1, N], write [T, N, 1], mix [T, N from, N to]), fp32."""
-        c, n = self.config, self.config.hc_mult
-        u_TP = projected(x_TND.flatten(1), self.fn, c.rms_norm_eps)
-        parts = zip(u_TP.split(self.parts, dim=-1), self.scale, self.base.split(self.parts), strict=True)
-        read, write, mix = (u * scale + base for u, scale, base in parts)
-        mix_TNN = sinkhorn(mix.view(-1, n, n), c.hc_sinkhorn_iters, c.hc_eps)
-        context.note("sinkhorn_error", (mix_TNN.detach().sum(dim=-1) - 1).abs().max())
-        return (read.sigmoid() + c.hc_eps).unsqueeze(1), 2 * write.sigmoid().unsqueeze(2), mix_TNN
+        return h_TD.view(*x_BSND.shape[:2], -1), write
 
 
 class HyperHead(nn.Module):
@@ -83,8 +75,3 @@ class HyperHead(nn.Module):
             u_TN = projected(x_TND.flatten(1), self.hc_fn, self.config.rms_norm_eps)
             read_TN = (u_TN * self.hc_scale + self.hc_base).sigmoid() + self.config.hc_eps
             return torch.bmm(read_TN.unsqueeze(1), x_TND).view(*x_BSND.shape[:2], -1)
-
-
-def projected(x_TC: Tensor, fn_PC: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) fn^T, with the division after the product: [T, C] -> [T, P]."""
-    return F.linear(x_TC, fn_PC) * torch.rsqrt(x_TC.square().mean(dim=-1, keepdim=True) + eps)

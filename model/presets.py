@@ -42,8 +42,8 @@ V4_FLASH: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
+        "moe_intermediate_size": 96,
+        "num_experts_per_tok": 4,
         "layer_types": [WINDOW, SPARSE, HEAVY, SPARSE, HEAVY, WINDOW],
         "mlp_layer_types": ["hash_moe"] + ["moe"] * 5,
         "compress_rates": {SPARSE: 4, HEAVY: 32},

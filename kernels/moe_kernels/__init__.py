@@ -1,11 +1,169 @@
 """The hot operations of a mixture-of-experts transformer, one function each.
 
-`reference/` in plain PyTorch defines what each operation means; `device.py` is the only place that names devices.
+`reference/` in plain PyTorch defines what each operation means; `npu/` computes the same through torch_npu's fused
+operators. `dispatch.py` picks by the device of the first tensor; `device.py` is the only place that names devices.
+
+Shapes: B batch, S queries, T tokens or keys, D hidden size or channels, H heads, R rotary channels, E experts,
+K experts per token, N = T * K routed rows (in hyper-connections: residual streams), F width of an expert, V vocabulary.
 """
 
-from moe_kernels.reference.experts import experts
-from moe_kernels.reference.newton_schulz import newton_schulz
-from moe_kernels.reference.sinkhorn import sinkhorn
-from moe_kernels.reference.window_attention import cached_window_attention, window_attention
+from __future__ import annotations
 
-__all__ = ["cached_window_attention", "experts", "newton_schulz", "sinkhorn", "window_attention"]
+import torch
+from torch import Tensor
+
+from moe_kernels.dispatch import chosen, implementation, reference_only
+from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
+
+__all__ = [
+    "attention",
+    "cached_window_attention",
+    "chosen",
+    "cross_entropy",
+    "experts",
+    "grouped_matmul",
+    "hyper_read",
+    "hyper_write",
+    "newton_schulz",
+    "permute",
+    "reference_only",
+    "rms_norm",
+    "rotate",
+    "route",
+    "swiglu",
+    "unpermute",
+    "window_attention",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of `x`; arXiv 1910.07467, equation 4."""
+    return implementation("rms_norm", x.device.type)(x, weight, eps)
+
+
+def rotate(x_BSHR: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate each adjacent pair of the last channels, as many as cosine and sine have; the channels before stay.
+
+    cos, sin: fp32 [B or 1, S, 1, R / 2], one angle per pair. inverse: by the negative angle. arXiv 2104.09864.
+    """
+    return implementation("rotate", x_BSHR.device.type)(x_BSHR, cos_BS1R, sin_BS1R, inverse)
+
+
+def swiglu(gate_up_N2F: Tensor, limit: float | None = None) -> Tensor:
+    """silu(gate) * up for the halves of the last axis, [..., 2F] -> [..., F]; arXiv 2002.05202, equation 6.
+
+    limit: clamps the gate from above and up from both sides before they meet.
+    """
+    return implementation("swiglu", gate_up_N2F.device.type)(gate_up_N2F, limit)
+
+
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    *,
+    score: str = "sigmoid",
+    groups: int = 1,
+    top_groups: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(indices [T, K] int64, weights [T, K] fp32) of each token's experts, in fp32 whatever the autocast.
+
+    score: "sigmoid" (arXiv 2412.19437, equations 15 and 16) or "sqrt_softplus", the square root of softplus. The bias
+    only selects. groups, top_groups: experts come from the `top_groups` groups whose two best score highest.
+    """
+    choose = implementation("route", x_TD.device.type)
+    return choose(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
+
+
+def permute(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows [N, D] sorted by expert, place [T, K] of each choice among them, rows of each expert [E] int64)."""
+    return implementation("permute", x_TD.device.type)(x_TD, indices_TK, num_experts)
+
+
+def unpermute(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """[T, D], the weighted sum of each token's K rows, accumulated in fp32, in the dtype of `y_ND`."""
+    return implementation("unpermute", y_ND.device.type)(y_ND, places_TK, weights_TK)
+
+
+def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """x @ weight[e]^T for the rows of each expert e: the first counts[0] rows belong to expert 0, and so on; [N, F]."""
+    return implementation("grouped_matmul", x_ND.device.type)(x_ND, weight_EFD, counts_E)
+
+
+def experts(
+    x_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    limit: float | None = None,
+) -> Tensor:
+    """Mixture of SwiGLU experts, [T, D] -> [T, D], in the dtype of autocast where that is on, else of `x_TD`.
+
+    indices_TK: int64, the experts of each token. weights_TK: fp32, their mixing weights. gate_up: gate rows first.
+    limit: as for `swiglu`.
+    """
+    return implementation("experts", x_TD.device.type)(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, limit)
+
+
+def attention(
+    q_BSHD: Tensor, k_BTHD: Tensor, v_BTHV: Tensor, scale: float, document_ids_BT: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention, [B, S, H, V]; the queries are the last S of the T tokens. V is at most D.
+
+    document_ids: tokens see each other only where these are equal; None means one document a row.
+    """
+    return implementation("attention", q_BSHD.device.type)(q_BSHD, k_BTHD, v_BTHV, scale, document_ids_BT)
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignored: int = -100) -> Tensor:
+    """-log softmax(logits)[target] of each token in nats, fp32 [T]; 0 where the target is `ignored`."""
+    return implementation("cross_entropy", logits_TV.device.type)(logits_TV, targets_T, ignored)
+
+
+def window_attention(
+    q_BSHD: Tensor, kv_BSD: Tensor, entries_BTD: Tensor, sinks_H: Tensor, window_BSK: Tensor, visible_BST: Tensor
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V4's attention of queries over their own rows: (out [B, S, H, D], attention of each entry [B, S, T]).
+
+    kv: the one key of a token, which is its value too. entries: compressed ones, visible [B, S, T] says to whom.
+    window [B or 1, S, 2 W]: what each token sees of the chunk of W tokens before its own, and of its own. sinks: a
+    logit a head that takes attention and has no value. The second result is summed over heads and has no gradient.
+    """
+    attend = implementation("window_attention", q_BSHD.device.type)
+    return attend(q_BSHD, kv_BSD, entries_BTD, sinks_H, window_BSK, visible_BST)
+
+
+def cached_window_attention(
+    q_BSHD: Tensor, kv_BKD: Tensor, entries_BTD: Tensor, sinks_H: Tensor, allowed_BSK: Tensor, visible_BST: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same over any keys, with what each query may see of them [B, S, K]."""
+    attend = implementation("cached_window_attention", q_BSHD.device.type)
+    return attend(q_BSHD, kv_BKD, entries_BTD, sinks_H, allowed_BSK, visible_BST)
+
+
+def hyper_read(
+    x_TND: Tensor, fn_PC: Tensor, base_P: Tensor, scale_3: Tensor, norm_eps: float, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hyper-connections, before a sub-layer: (what it reads [T, D], write [T, N], mix [T, N from, N to]), all fp32.
+
+    fn, base, scale: the maps to P = (2 + N) N coefficients a token, C = N D. iterations: of Sinkhorn-Knopp.
+    """
+    read = implementation("hyper_read", x_TND.device.type)
+    return read(x_TND, fn_PC, base_P, scale_3, norm_eps, iterations, eps)
+
+
+def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) -> Tensor:
+    """Hyper-connections, after it: x'_k = sum_j mix[j, k] x_j + write_k y, [T, N, D]."""
+    return implementation("hyper_write", x_TND.device.type)(x_TND, y_TD, write_TN, mix_TNN)
+
+
+def newton_schulz(x_Nrc: Tensor, coefficients: Coefficients = COEFFICIENTS, dtype: torch.dtype | None = None) -> Tensor:
+    """U V^T of each X = U S V^T, nearly: [N, r, c] -> [N, r, c] in the dtype of `x_Nrc`.
+
+    coefficients: (a, b, c) of each step. dtype: of the matrix products; None: that of `x_Nrc`.
+    """
+    return implementation("newton_schulz", x_Nrc.device.type)(x_Nrc, coefficients, dtype)

@@ -33,10 +33,20 @@ def collective(device: torch.device) -> str:
 def name(device: torch.device) -> str:
     """What a person calls this device: the processor's model name on a CPU, the backend's name elsewhere."""
     if device.type != "cpu":
-        return str(torch.get_device_module(device).get_device_name(device))
+        label = str(torch.get_device_module(device).get_device_name(device))
+        return f"{label} (emulated)" if device.type == "npu" and emulated() else label
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {threads()} threads"
+
+
+@cache
+def emulated() -> bool:
+    """Whether Ascend devices of this process are those of kernels/fakecann, which computes on the CPU."""
+    try:
+        return hasattr(ctypes.CDLL("libascendcl.so"), "fakecannVersion")
+    except OSError:
+        return False
 
 
 def threads() -> int:

@@ -15,7 +15,6 @@ torch.compile take each pass as one node.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -29,22 +28,27 @@ def experts(
     weights_TK: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
-    limit: float = math.inf,
+    limit: float | None = None,
 ) -> Tensor:
     """Mixture of SwiGLU experts, [T, D] -> [T, D], in the dtype of autocast where that is on, else of `x_TD`.
 
     indices_TK: int64, the experts of each token. weights_TK: fp32, their mixing weights. gate_up: gate rows first.
     """
-    kind = x_TD.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
+    x_TD, gate_up_E2FD, down_EDF = in_autocast_dtype(x_TD, gate_up_E2FD, down_EDF)
     return _experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, limit)[0]
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast on their device where that is on, else as they are."""
+    kind = tensors[0].device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+    return tensors
 
 
 @torch.library.custom_op("moe_kernels::experts", mutates_args=())
 def _experts(
-    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, limit: float
+    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, limit: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y_TD, and what the backward pass needs: x_ND, order_TK, ends_E, scale_N1, gate_up_N2F, cut at the limit).
 
@@ -59,7 +63,7 @@ def _experts(
     for expert, rows in slices:
         torch.mm(x_ND[rows], gate_up[expert].t(), out=gate_up_N2F[rows])
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=1)
-    if limit < math.inf:
+    if limit is not None:
         gate_NF.clamp_(max=limit)
         up_NF.clamp_(-limit, limit)
     hidden_NF = F.silu(gate_NF).mul_(up_NF).mul_(scale_N1)
@@ -71,7 +75,7 @@ def _experts(
 
 @_experts.register_fake
 def _(
-    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, limit: float
+    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, limit: float | None
 ) -> tuple[Tensor, ...]:
     rows = indices_TK.numel()
     kept = x_TD.new_empty(rows, x_TD.shape[1]), torch.empty_like(indices_TK), indices_TK.new_empty(gate_up.shape[0])
@@ -88,7 +92,7 @@ def _experts_backward(
     gate_up_N2F: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    limit: float,
+    limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [T, D], of the weights [T, K] in fp32, of gate_up [E, 2F, D] and of down [E, D, F]."""
     slices = _slices(ends_E)
@@ -104,7 +108,7 @@ def _experts_backward(
     d_hidden_NF.mul_(scale_N1)
     d_gate_NF = torch.ops.aten.silu_backward(d_hidden_NF * up_NF, gate_NF)
     d_gate_up_N2F = torch.cat([d_gate_NF, d_hidden_NF.mul_(silu_NF)], dim=1)
-    if limit < math.inf:
+    if limit is not None:
         d_gate_up_N2F[:, : gate_NF.shape[1]].masked_fill_(gate_NF == limit, 0.0)
         d_gate_up_N2F[:, gate_NF.shape[1] :].masked_fill_(up_NF.abs() == limit, 0.0)
     d_gate_up, d_down, d_x_ND = torch.zeros_like(gate_up), torch.zeros_like(down), torch.empty_like(x_ND)
@@ -126,7 +130,7 @@ def _(
     gate_up_N2F: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    limit: float,
+    limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_weights_TK = torch.empty_like(order_TK, dtype=torch.float32)
     return x_ND.new_empty(grad_TD.shape), d_weights_TK, torch.empty_like(gate_up), torch.empty_like(down)

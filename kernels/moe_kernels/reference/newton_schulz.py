@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Coefficients = Sequence[tuple[float, float, float]]
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 SMALLEST_NORM = 1e-15  # a matrix of zeros stays one; squares of smaller entries leave the range of fp32
 
@@ -22,7 +23,7 @@ SMALLEST_NORM = 1e-15  # a matrix of zeros stays one; squares of smaller entries
 @torch.no_grad()
 def newton_schulz(
     x_Nrc: Tensor,
-    coefficients: Sequence[tuple[float, float, float]] = COEFFICIENTS,
+    coefficients: Coefficients = COEFFICIENTS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """U V^T of each X = U S V^T, nearly: [N, r, c] -> [N, r, c] in the dtype of `x_Nrc`.

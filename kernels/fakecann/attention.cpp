@@ -1,0 +1,171 @@
+// Fused attention: softmax(scale * q k^T, masked) v, and its backward pass, which computes the softmax again in fp32.
+//
+// B batch, S queries, T keys, N heads, D channels, H = N * D. Layouts: BSND, BNSD, BSH, SBH, and TND, in which
+// sequences of different length lie one after the other and actual_seq_* hold their running ends.
+#include "tensors.h"
+
+using namespace fakecann;
+
+static constexpr int64_t LARGEST_HEAD = 768, MOST_HEADS = 256, COMPRESSED_MASK = 2048;
+static const std::vector<std::string> LAYOUTS = {"BSND", "BNSD", "BSH", "SBH", "TND"};
+
+namespace {
+
+struct Arguments {
+  const Tensor *query, *key, *value, *mask;
+  const Integers *query_ends, *key_ends;
+  double scale;
+  int64_t heads, sparse_mode;
+  std::string layout;
+
+  bool flat() const { return layout == "BSH" || layout == "SBH"; }
+  bool varied() const { return layout == "TND"; }
+  int64_t width() const { return flat() ? query->view.size(2) / heads : query->view.size(-1); }
+
+  at::Tensor to_bnsd(const at::Tensor& x, int64_t channels) const {
+    if (layout == "BNSD") return x;
+    if (layout == "BSND") return x.transpose(1, 2);
+    if (layout == "TND") return x.transpose(0, 1).unsqueeze(0);
+    auto split = x.reshape({x.size(0), x.size(1), -1, channels});
+    return layout == "BSH" ? split.transpose(1, 2) : split.permute({1, 2, 0, 3});
+  }
+  at::Tensor from_bnsd(const at::Tensor& x) const {
+    if (layout == "BNSD") return x;
+    if (layout == "BSND") return x.transpose(1, 2);
+    if (layout == "TND") return x.squeeze(0).transpose(0, 1);
+    return layout == "BSH" ? x.transpose(1, 2).flatten(2) : x.permute({2, 0, 1, 3}).flatten(2);
+  }
+};
+
+void check_ends(const char* what, const Integers* ends, int64_t length) {
+  TORCH_CHECK(ends && !ends->values.empty(), "layout TND needs ", what);
+  TORCH_CHECK(std::is_sorted(ends->values.begin(), ends->values.end()) && ends->values.back() == length, what,
+              " must be running ends that reach ", length, "; given ", at::IntArrayRef(ends->values));
+}
+
+void check(const Arguments& given) {
+  for (auto [what, tensor] : {std::pair{"query", given.query}, {"key", given.key}, {"value", given.value}}) {
+    require_type(what, tensor, FLOATING);
+    TORCH_CHECK(tensor->view.scalar_type() == given.query->view.scalar_type(), what, " is ",
+                tensor->view.scalar_type(), ", query is ", given.query->view.scalar_type());
+  }
+  TORCH_CHECK(std::find(LAYOUTS.begin(), LAYOUTS.end(), given.layout) != LAYOUTS.end(), "layout ", given.layout,
+              " is not one of ", LAYOUTS);
+  TORCH_CHECK(given.heads >= 1 && given.heads <= MOST_HEADS, given.heads, " heads; the operator takes 1 to ",
+              MOST_HEADS);
+  TORCH_CHECK(given.width() <= LARGEST_HEAD, "a head of ", given.width(), " channels exceeds ", LARGEST_HEAD);
+  int64_t value_width = given.flat() ? 0 : given.value->view.size(-1);
+  TORCH_CHECK(given.flat() || (given.key->view.size(-1) == given.width() && value_width <= given.width()),
+              "channels of query, key and value are ", given.width(), ", ", given.key->view.size(-1), " and ", value_width,
+              "; the first two must be equal and the third no larger");
+  require_type("atten_mask", given.mask, {at::kBool, at::kByte});
+  bool compressed = given.sparse_mode == 2 || given.sparse_mode == 3;
+  TORCH_CHECK(compressed || given.sparse_mode == 0 || given.sparse_mode == 1, "sparse_mode ", given.sparse_mode,
+              " is not emulated");
+  TORCH_CHECK(!compressed || (given.mask && given.mask->view.size(-1) == COMPRESSED_MASK &&
+                              given.mask->view.size(-2) == COMPRESSED_MASK),
+              "sparse_mode ", given.sparse_mode, " needs an atten_mask of 2048 by 2048");
+  if (given.varied()) {
+    check_ends("actual_seq_qlen", given.query_ends, given.query->view.size(0));
+    check_ends("actual_seq_kvlen", given.key_ends, given.key->view.size(0));
+  }
+}
+
+// The number of the sequence, and the place in it, of each of `count` tokens.
+std::pair<at::Tensor, at::Tensor> sequences(const Integers* ends, int64_t count) {
+  auto number = at::zeros({count}, at::kLong), place = at::arange(count, at::kLong);
+  int64_t start = 0;
+  for (size_t i = 0; ends && i < ends->values.size(); start = ends->values[i++]) {
+    number.slice(0, start, ends->values[i]).fill_(static_cast<int64_t>(i));
+    place.slice(0, start, ends->values[i]).sub_(start);
+  }
+  return {number, place};
+}
+
+// True where a query must not see a key; [S, T] or broadcastable to [B, N, S, T].
+at::Tensor hidden(const Arguments& given, int64_t queries, int64_t keys) {
+  auto [query_number, query_place] = sequences(given.query_ends, queries);
+  auto [key_number, key_place] = sequences(given.key_ends, keys);
+  auto result = query_number.unsqueeze(1) != key_number.unsqueeze(0);
+  if (given.sparse_mode == 2 || given.sparse_mode == 3) {
+    int64_t shift = given.sparse_mode == 3 && !given.varied() ? keys - queries : 0;
+    result = result | (key_place.unsqueeze(0) > query_place.unsqueeze(1) + shift);
+  } else if (given.mask) {
+    result = result | (*given.mask)->to(at::kBool);
+  }
+  return result;
+}
+
+struct Scores {
+  at::Tensor query, key, value, probabilities;
+  int64_t group;  // query heads that share one key head
+};
+
+Scores scores(const Arguments& given) {
+  auto wide = [&](const Tensor* x, int64_t channels) { return given.to_bnsd(as_float(x), channels); };
+  int64_t key_heads = given.flat() ? (*given.key)->size(2) / given.width() : 0;
+  int64_t value_width = given.flat() ? (*given.value)->size(2) / key_heads : (*given.value)->size(-1);
+  Scores result{wide(given.query, given.width()), wide(given.key, given.width()), wide(given.value, value_width), {}, 1};
+  TORCH_CHECK(result.query.size(1) == given.heads && given.heads % result.key.size(1) == 0, "head_num is ", given.heads,
+              "; query has ", result.query.size(1), " heads, key ", result.key.size(1));
+  result.group = given.heads / result.key.size(1);
+  result.key = result.key.repeat_interleave(result.group, 1);
+  result.value = result.value.repeat_interleave(result.group, 1);
+  auto logits = at::matmul(result.query, result.key.transpose(-1, -2)) * given.scale;
+  auto mask = hidden(given, logits.size(2), logits.size(3));
+  result.probabilities = at::softmax(logits.masked_fill(mask, -1e30), -1);
+  return result;
+}
+
+void forward(const Arguments& given, const Tensor* out) {
+  auto found = scores(given);
+  store(out, given.from_bnsd(at::matmul(found.probabilities, found.value)));
+}
+
+void backward(const Arguments& given, const Tensor* grad, const Tensor* dq, const Tensor* dk, const Tensor* dv) {
+  auto found = scores(given);
+  auto wide = given.to_bnsd(as_float(grad), found.value.size(3));
+  auto d_probabilities = at::matmul(wide, found.value.transpose(-1, -2));
+  auto inner = (d_probabilities * found.probabilities).sum(-1, true);
+  auto d_logits = found.probabilities * (d_probabilities - inner) * given.scale;
+  auto shared = [&](const at::Tensor& x) {  // the gradients of the query heads that share a key head add up
+    return x.reshape({x.size(0), -1, found.group, x.size(2), x.size(3)}).sum(2);
+  };
+  store(dq, given.from_bnsd(at::matmul(d_logits, found.key)));
+  store(dk, given.from_bnsd(shared(at::matmul(d_logits.transpose(-1, -2), found.query))));
+  store(dv, given.from_bnsd(shared(at::matmul(found.probabilities.transpose(-1, -2), wide))));
+}
+
+void check_plain(const Tensor* shift, const Tensor* drop, const Tensor* padding, double keep) {
+  TORCH_CHECK(!shift && !drop && !padding && keep == 1, "position shift, padding mask and dropout are not emulated");
+}
+
+}  // namespace
+
+// The layout is a string of the caller that does not outlive the first phase, so it is copied into the arguments.
+#define ATTENTION(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                                   \
+  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
+      Tensor* query, Tensor* key, Tensor* value, Tensor* shift, Tensor* drop, Tensor* padding, Tensor* mask, Integers*, \
+      UNPACK ENDS double scale, double keep, int64_t, int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode, \
+      Tensor*, Tensor*, Tensor*, Tensor* out, uint64_t* workspace, Executor** executor) {                             \
+    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};                \
+    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
+    return plan("aclnn" #NAME, workspace, executor, checks, [=] { forward(given, out); });                            \
+  }                                                                                                                   \
+  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }
+ATTENTION(FlashAttentionScore, (), nullptr, nullptr)
+ATTENTION(FlashAttentionVarLenScore, (Integers * query_ends, Integers* key_ends, ), query_ends, key_ends)
+
+#define ATTENTION_GRAD(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                              \
+  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
+      Tensor* query, Tensor* key, Tensor* value, Tensor* grad, Tensor* shift, Tensor* drop, Tensor* padding,          \
+      Tensor* mask, Tensor*, Tensor*, Tensor*, Tensor*, Integers*, UNPACK ENDS double scale, double keep, int64_t,    \
+      int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode, Tensor* dq, Tensor* dk, Tensor* dv, Tensor*, \
+      uint64_t* workspace, Executor** executor) {                                                                     \
+    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};                \
+    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
+    return plan("aclnn" #NAME, workspace, executor, checks, [=] { backward(given, grad, dq, dk, dv); });              \
+  }                                                                                                                   \
+  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }
+ATTENTION_GRAD(FlashAttentionScoreGrad, (), nullptr, nullptr)
+ATTENTION_GRAD(FlashAttentionUnpaddingScoreGrad, (Integers * query_ends, Integers* key_ends, ), query_ends, key_ends)

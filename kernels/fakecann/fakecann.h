@@ -1,0 +1,56 @@
+// What every part of the emulator shares: settings, error messages, provoked faults, and who owns which memory.
+//
+// fakecann stands in for the libraries of Huawei's CANN that the torch_npu wheel links against or opens by name, and
+// computes on the CPU. Every signature is checked by the compiler against the headers inside that wheel.
+//
+// Environment:
+//   FAKECANN_DEVICES   number of devices, 1 to 64 (default 8)
+//   FAKECANN_HBM_GIB   memory of each device (default 64; fractions allowed)
+//   FAKECANN_SOC       name of the chip (default Ascend910B1)
+//   FAKECANN_TRACE     a file that gets one line per operator and collective, in the order of execution
+//   FAKECANN_FAULT     one fault, see faults() below
+//   FAKECANN_TIMEOUT_S how long a collective waits for its peers (default 120)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fakecann {
+
+struct Settings {
+  int devices;
+  size_t hbm_bytes;
+  std::string soc;
+  std::string trace;
+  int timeout_s;
+};
+
+// A fault asked for by FAKECANN_FAULT, its parts separated by colons:
+//   operator:NAME:N   the N-th call of operator NAME reports an error at once
+//   async:NAME:N      that call reports success; the next synchronisation reports the error, as on the real device
+//   lost:N            after N operators the device is gone: every call fails from then on
+//   exit:RANK:N       the process of that rank ends at its N-th collective without a word
+//   hang:RANK:N       that rank never arrives at its N-th collective
+struct Fault {
+  std::string kind, name;
+  long rank = -1, count = 0;
+};
+
+const Settings& settings();
+const Fault& fault();
+
+// The sentence that aclGetRecentErrMsg hands to torch_npu on this thread; returns `code` for `return fail(...)`.
+int fail(int code, const std::string& message);
+// Counts an operator, writes it to the trace and returns the error of a fault that is due, or 0.
+int begin_operator(const std::string& name);
+// The error of a lost device or of an asynchronous fault that waits for a synchronisation, or 0.
+int pending_error(bool synchronising);
+void trace(const std::string& name);
+// Whether `bytes` bytes from `data` lie inside one block that aclrtMalloc gave out.
+bool owns(const void* data, size_t bytes);
+int current_device();
+
+}  // namespace fakecann

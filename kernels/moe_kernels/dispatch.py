@@ -1,0 +1,101 @@
+"""Which backend computes an operation: that of the tensor's device where it has the operation, else the reference.
+
+A backend is a folder beside `reference/` with the same file names, `npu/` for tensors on Ascend. A file of a backend
+may say in `NEEDS` which operators it calls, with the arguments that it passes; when this installation's operator lacks
+one of them, the reference computes instead and a warning says so, once. `reference_only` forces the reference
+everywhere. A compiled graph keeps the choice that was made when it was compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+BACKENDS = ("npu",)  # device types that have a folder of their own
+OPERATIONS = {  # operation -> the file that holds it
+    "attention": "attention",
+    "cached_window_attention": "window_attention",
+    "cross_entropy": "cross_entropy",
+    "experts": "experts",
+    "grouped_matmul": "grouped_matmul",
+    "hyper_read": "hyper_connection",
+    "hyper_write": "hyper_connection",
+    "newton_schulz": "newton_schulz",
+    "permute": "permute",
+    "rms_norm": "rms_norm",
+    "rotate": "rope",
+    "route": "router",
+    "swiglu": "swiglu",
+    "unpermute": "permute",
+    "window_attention": "window_attention",
+}
+
+
+def _load(backend: str, name: str, file: str) -> Callable[..., Any]:
+    """The backend's function of that name, or the reference's where the backend has none."""
+    own = importlib.util.find_spec(f"moe_kernels.{backend}.{file}") is not None
+    return getattr(importlib.import_module(f"moe_kernels.{backend if own else 'reference'}.{file}"), name)
+
+
+FUNCTIONS = {
+    (backend, name): _load(backend, name, file)
+    for backend in ("reference", *BACKENDS)
+    for name, file in OPERATIONS.items()
+}
+_forced = False  # of the whole process: backward passes and recomputation run in threads of their own
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, every operation is computed by the reference, on whatever device its tensors are."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def implementation(operation: str, device_type: str) -> Callable[..., Any]:
+    """The function that computes `operation` for tensors on such a device."""
+    return FUNCTIONS[backend_of(operation, device_type), operation]
+
+
+def chosen(device: torch.device) -> dict[str, str]:
+    """Operation -> "reference" or the backend that computes it for tensors on this device, as things stand now."""
+    return {name: backend_of(name, device.type) for name in OPERATIONS}
+
+
+@torch.compiler.assume_constant_result
+def backend_of(operation: str, device_type: str) -> str:
+    """The device's own backend if this installation has what it needs and nothing forces the reference."""
+    return "reference" if _forced or device_type not in BACKENDS else _probe(operation, device_type)
+
+
+@cache
+def _probe(operation: str, device_type: str) -> str:
+    if FUNCTIONS[device_type, operation] is FUNCTIONS["reference", operation]:
+        return "reference"
+    needs = getattr(sys.modules[FUNCTIONS[device_type, operation].__module__], "NEEDS", {})
+    lacking = [text for name, arguments in needs.items() if (text := _lacks(device_type, name, arguments))]
+    if lacking:
+        warnings.warn(f"{operation} uses the reference on {device_type}: {'; '.join(lacking)}", stacklevel=2)
+        return "reference"
+    return device_type
+
+
+def _lacks(namespace: str, name: str, arguments: tuple[str, ...]) -> str:
+    """What this installation's operator lacks, in words; empty when it has everything."""
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    if packet is None:
+        return f"there is no operator {name}"
+    known = {argument.name for argument in packet.default._schema.arguments}
+    missing = [argument for argument in arguments if argument not in known]
+    return f"{name} has no argument {', '.join(missing)}" if missing else ""
