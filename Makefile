@@ -19,7 +19,8 @@ demo: .venv/installed-core ## raw text to a promoted model, in one go (about 10 
 	@shovel demo
 
 test: .venv/installed-dev ## the whole test suite
-	@ruff check --quiet . && ruff format --check --quiet . && python -m pytest
+	@ruff check --quiet . && ruff format --check --quiet . \
+	  && OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-npu: .venv-npu/installed ## tests through torch_npu: on Ascend cards where there are some, else emulated on the CPU
 	@$(if $(EMULATOR),$(NPU)/python kernels/fakecann/build.py $(EMULATOR))

@@ -1,6 +1,5 @@
 """One thread and no model hub for every test; small projects and the default corpus as fixtures."""
 
-import copy
 import hashlib
 import json
 import os
@@ -8,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -50,6 +51,22 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model = folder, MODEL
+
+    @classmethod
+    def create(cls, folder: Path) -> "Project":
+        """A new one, committed, with nothing run yet."""
+        project = cls(folder)
+        project._write_files()
+        project._write_text()
+        project.set_params(**SMALL)
+        project.set_params(pretrain={"model": MODEL})
+        project.run("git", "init", "-q")
+        project.run("dvc", "config", "--local", "core.analytics", "false")
+        project.commit("start")
+        return project
+
+    def _write_files(self) -> None:
+        folder = self.folder
         files = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -60,18 +77,10 @@ class Project:
         (folder / "reports").mkdir()
         for name in (".gitignore", "profile.json"):
             (folder / "reports" / name).write_bytes((ROOT / "reports" / name).read_bytes())
-        self._write_text()
-        self.set_params(**SMALL)
-        self.set_params(pretrain={"model": MODEL})
-        self.run("git", "init", "-q")
-        self.run("dvc", "config", "--local", "core.analytics", "false")
-        self.commit("start")
 
     def copy(self, folder: Path) -> "Project":
         """The same state elsewhere, its runs and its release included."""
-        other = copy.copy(self)
-        other.folder = Path(shutil.copytree(self.folder, folder, symlinks=True))
-        return other
+        return Project(Path(shutil.copytree(self.folder, folder, symlinks=True)))
 
     def digests(self, *folders: str) -> dict[str, str]:
         """sha256 of every file below the folders, by path."""
@@ -141,12 +150,28 @@ class Project:
         return json.loads((self.folder / name).read_text())
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` that `make` fills, shared by all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.done").exists():
+            folder.mkdir()
+            make(folder)
+            Path(f"{folder}.done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project after its first `dvc repro`, whose output is kept in `.output`; for copies only, leave it as it is."""
-    project = Project(tmp_path_factory.mktemp("reproduced"))
-    project.output = project.run("dvc", "repro").stdout
-    return project
+    """A project after its first `dvc repro`, what that printed in .make/output; for copies only, leave it as it is."""
+
+    def make(folder: Path) -> None:
+        output = Project.create(folder).run("dvc", "repro").stdout
+        (folder / ".make").mkdir()
+        (folder / ".make" / "output").write_text(output)
+
+    return Project(made_once(tmp_path_factory, "reproduced", make))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +182,7 @@ def project(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Pr
 
 @pytest.fixture
 def fresh_project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+    return Project.create(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -168,9 +193,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipelines.fetch import fetch
     from pipelines.params import load_params
 
-    folder = tmp_path_factory.mktemp("corpus")
-    params = load_params(ROOT / "params.yaml")
-    fetch(params.fetch, ROOT / "data/sources.yaml", folder / "raw", ROOT / ".downloads")
-    clean(params.clean, folder / "raw", folder / "clean", folder / "chat")
-    encode(params.encode, folder / "clean", folder / "tokens")
-    return folder
+    def make(folder: Path) -> None:
+        params = load_params(ROOT / "params.yaml")
+        fetch(params.fetch, ROOT / "data/sources.yaml", folder / "raw", ROOT / ".downloads")
+        clean(params.clean, folder / "raw", folder / "clean", folder / "chat")
+        encode(params.encode, folder / "clean", folder / "tokens")
+
+    return made_once(tmp_path_factory, "corpus", make)
