@@ -1,7 +1,10 @@
 """One thread and no model hub for every test; small projects and the default corpus as fixtures."""
 
+import copy
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -46,7 +49,7 @@ class Project:
     """A copy of this repository in its own git repository, with little text and a tiny model."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.model = folder, MODEL
         files = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -63,6 +66,26 @@ class Project:
         self.run("git", "init", "-q")
         self.run("dvc", "config", "--local", "core.analytics", "false")
         self.commit("start")
+
+    def copy(self, folder: Path) -> "Project":
+        """The same state elsewhere, its runs and its release included."""
+        other = copy.copy(self)
+        other.folder = Path(shutil.copytree(self.folder, folder, symlinks=True))
+        return other
+
+    def digests(self, *folders: str) -> dict[str, str]:
+        """sha256 of every file below the folders, by path."""
+        files = (path for folder in folders for path in sorted((self.folder / folder).rglob("*")) if path.is_file())
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A command in a process group of its own, as a terminal starts it, output in one pipe."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=self.folder, env=self.environment(**environment),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
 
     def _write_text(self) -> None:
         own = self.folder / "data" / "own"
@@ -112,15 +135,24 @@ class Project:
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", message)
+        self.run("git", "commit", "-q", "--allow-empty", "-m", message)
 
     def read(self, name: str) -> dict:
         return json.loads((self.folder / name).read_text())
 
 
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project after its first `dvc repro`, whose output is kept in `.output`; for copies only, leave it as it is."""
+    project = Project(tmp_path_factory.mktemp("reproduced"))
+    project.output = project.run("dvc", "repro").stdout
+    return project
+
+
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return Project(tmp_path_factory.mktemp("project"))
+def project(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of `reproduced`, for the tests of one file to share, in a folder with a blank and an accent."""
+    return reproduced.copy(tmp_path_factory.mktemp("project") / "mon é")
 
 
 @pytest.fixture
