@@ -81,7 +81,8 @@ def test_out_of_memory_at_the_size_that_was_set(python: Python) -> None:
 
 @emulated
 def test_devices_are_as_many_as_were_asked_for(python: Python) -> None:
-    assert python("import torch; print(torch.accelerator.device_count())", FAKECANN_DEVICES="3").stdout.endswith("\n3\n")
+    counted = python("import torch; print(torch.accelerator.device_count())", FAKECANN_DEVICES="3")
+    assert counted.stdout.endswith("\n3\n")
     line = last_line(python("import torch; torch.zeros(1, device='npu:3')", FAKECANN_DEVICES="3"), "Error")
     assert "Invalid NPU device" in line or "device" in line
 
