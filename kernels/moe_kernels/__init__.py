@@ -17,6 +17,7 @@ __all__ = [
     "attention",
     "chosen",
     "cross_entropy",
+    "expert_load",
     "experts",
     "grouped_matmul",
     "permute",
@@ -69,6 +70,11 @@ def route(
     """
     choose = implementation("route", x_TD.device.type)
     return choose(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
+
+
+def expert_load(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """Rows that each expert gets, [E] int64; does not wait for the device, as a bincount would."""
+    return implementation("expert_load", indices_TK.device.type)(indices_TK, num_experts)
 
 
 def permute(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ BACKENDS = ("npu",)  # device types that have a folder of their own
 OPERATIONS = {  # operation -> the file that holds it
     "attention": "attention",
     "cross_entropy": "cross_entropy",
+    "expert_load": "permute",
     "experts": "experts",
     "grouped_matmul": "grouped_matmul",
     "permute": "permute",

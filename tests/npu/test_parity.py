@@ -89,6 +89,12 @@ def test_unpermute(tokens: int, top_k: int, dtype: torch.dtype) -> None:
     same("unpermute", Case([rows, places, weights]), dtype)
 
 
+def test_expert_load() -> None:
+    indices = chosen_experts(13, 3, used=6)
+    ours = moe_kernels.expert_load(indices.to(NPU), 7)
+    assert ours.dtype == torch.int64 and ours.tolist() == torch.bincount(indices.flatten(), minlength=7).tolist()
+
+
 @DTYPES
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [1, 0, 0, 0]], ids=str)
 def test_grouped_matmul(counts: list[int], dtype: torch.dtype) -> None:

@@ -64,6 +64,7 @@ def use_fused_operations() -> None:
         moe_kernels.swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1))
     )
     model.moe.Router.forward = _route
+    model.moe.MixtureOfExperts.forward = _mixture
     model.attention.rotate = moe_kernels.rotate
     model.attention._attend = lambda q, k, v, document_ids, scale: moe_kernels.attention(q, k, v, scale, document_ids)
     model.transformer._mask = lambda input_ids, document_ids, start: document_ids
@@ -75,6 +76,14 @@ def _route(self: model.moe.Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     keywords = {"groups": c.n_group, "top_groups": c.topk_group, "scale": c.routed_scaling_factor}
     bias_E = self.e_score_correction_bias
     return moe_kernels.route(x_TD, self.weight, bias_E, c.num_experts_per_tok, normalise=c.norm_topk_prob, **keywords)
+
+
+def _mixture(self: model.moe.MixtureOfExperts, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    x_TD = x_BSD.flatten(0, 1)
+    indices_TK, weights_TK = self.gate(x_TD)
+    routed_TD = moe_kernels.experts(x_TD, indices_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj)
+    load_E = moe_kernels.expert_load(indices_TK, len(self.gate.weight))
+    return self.shared_experts(x_BSD) + routed_TD.view_as(x_BSD), load_E
 
 
 def _mean_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
