@@ -53,7 +53,9 @@ def test_another_seed_gives_another_curve(on_cpu: list[float], tmp_path: Path) -
 @emulated
 def test_a_step_is_made_of_fused_operators(on_cpu: list[float], launch: Callable, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    assert losses(launch("npu", tmp_path / "run", FAKECANN_TRACE=str(trace))) == pytest.approx(on_cpu, rel=1e-4)
+    done = launch("npu", tmp_path / "run", FAKECANN_TRACE=str(trace))
+    assert losses(done) == pytest.approx(on_cpu, rel=1e-4)
+    assert "running on CPU" not in done.stderr  # what torch_npu says when it computes an operator on the host
     calls = Counter(trace.read_text().split())
     config, steps = training.SMALL, training.STEPS
     layers, moe = config.num_hidden_layers, config.num_hidden_layers - config.first_k_dense_replace
@@ -85,3 +87,13 @@ def test_a_fault_ends_in_one_message_and_the_run_goes_on(
     resumed = losses(launch("npu", tmp_path))
     assert len(resumed) == training.STEPS and all(map(math.isfinite, resumed))
     assert resumed == pytest.approx(on_cpu, rel=1e-4)
+
+
+@emulated
+def test_the_readme_lists_the_operators_of_a_step(python: Callable[..., CompletedProcess[str]]) -> None:
+    program = training.ROOT / "kernels" / "bench" / "operators.py"
+    code = f"import runpy; bench = runpy.run_path({str(program)!r}); print(bench['table'](bench['one_step']()))"
+    found = python(code, ASCEND_LAUNCH_BLOCKING="0")
+    assert found.returncode == 0, found.stderr
+    table = found.stdout[found.stdout.index("| calls") :].strip()
+    assert table in (training.ROOT / "kernels" / "README.md").read_text(), "run kernels/bench/operators.py"

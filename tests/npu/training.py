@@ -29,6 +29,7 @@ SMALL = ModelConfig(
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, initializer_range=0.1,
 )  # fmt: skip
+ROOT = Path(__file__).parents[2]
 LENGTH, STEPS = 32, 20
 
 
