@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_kernels.dispatch import chosen, implementation, reference_only
 
 __all__ = [
+    "adamw_step",
     "attention",
     "chosen",
     "cross_entropy",
@@ -113,3 +114,25 @@ def attention(
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignored: int = -100) -> Tensor:
     """-log softmax(logits)[target] of each token in nats, fp32 [T]; 0 where the target is `ignored`."""
     return implementation("cross_entropy", logits_TV.device.type)(logits_TV, targets_T, ignored)
+
+
+def adamw_step(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: list[Tensor],
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> None:
+    """One step of AdamW in place on lists of tensors of one device; arXiv 1711.05101, algorithm 2.
+
+    steps: fp32 scalars, the number of steps done before; each is raised by one.
+    """
+    step = implementation("adamw_step", weights[0].device.type)
+    lists = (weights, gradients, first_moments, second_moments, steps)
+    step(*lists, learning_rate, beta1, beta2, weight_decay, eps)

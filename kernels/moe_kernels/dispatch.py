@@ -20,6 +20,7 @@ import torch
 
 BACKENDS = ("npu",)  # device types that have a folder of their own
 OPERATIONS = {  # operation -> the file that holds it
+    "adamw_step": "adamw",
     "attention": "attention",
     "cross_entropy": "cross_entropy",
     "expert_load": "permute",
