@@ -16,10 +16,12 @@ from moe_kernels.dispatch import chosen, implementation, reference_only
 from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
 
 __all__ = [
+    "adamw_step",
     "attention",
     "cached_window_attention",
     "chosen",
     "cross_entropy",
+    "expert_load",
     "experts",
     "grouped_matmul",
     "hyper_read",
@@ -76,6 +78,11 @@ def route(
     """
     choose = implementation("route", x_TD.device.type)
     return choose(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
+
+
+def expert_load(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """Rows that each expert gets, [E] int64; does not wait for the device, as a bincount would."""
+    return implementation("expert_load", indices_TK.device.type)(indices_TK, num_experts)
 
 
 def permute(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,3 +174,25 @@ def newton_schulz(x_Nrc: Tensor, coefficients: Coefficients = COEFFICIENTS, dtyp
     coefficients: (a, b, c) of each step. dtype: of the matrix products; None: that of `x_Nrc`.
     """
     return implementation("newton_schulz", x_Nrc.device.type)(x_Nrc, coefficients, dtype)
+
+
+def adamw_step(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: list[Tensor],
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> None:
+    """One step of AdamW in place on lists of tensors of one device; arXiv 1711.05101, algorithm 2.
+
+    steps: fp32 scalars, the number of steps done before; each is raised by one.
+    """
+    step = implementation("adamw_step", weights[0].device.type)
+    lists = (weights, gradients, first_moments, second_moments, steps)
+    step(*lists, learning_rate, beta1, beta2, weight_decay, eps)
