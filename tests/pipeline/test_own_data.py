@@ -63,7 +63,8 @@ def test_poison_is_stopped_before_training(restored, poison, sentence: str) -> N
     before = restored.digests("data/tokens", "data/models") | restored.digests("reports/contracts.html")
     done = restored.run("dvc", "repro", check=False)
     assert done.returncode != 0 and stages_run(done.stdout) == ["fetch", "clean", "contracts"]
-    assert sentence in done.stderr and "open reports/contracts-failed.html" in done.stderr
+    assert sentence in done.stderr, done.stderr
+    assert "open reports/contracts-failed.html" in done.stderr
     assert "Traceback" not in done.stderr
     assert restored.digests("data/tokens", "data/models") | restored.digests("reports/contracts.html") == before
     assert "Nothing was trained" in (restored.folder / "reports/contracts-failed.html").read_text()
