@@ -18,7 +18,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Raw text to a reviewed mixture-of-experts model.")
 PARAMS, SOURCES, PRESETS = Path("params.yaml"), Path("data/sources.yaml"), Path(__file__).parent / "presets"
-REPORTS, CLEAN, RELEASE = Path("reports"), Path("data/clean"), Path("data/models/release")
+REPORTS, RELEASE = Path("reports"), Path("data/models/release")
 
 
 def main() -> None:
@@ -107,10 +107,10 @@ def link() -> None:
 @app.command()
 def accept() -> None:
     """Make the present data the reference that later data is compared with (reports/profile.json, for git)."""
-    from pipelines.contracts import ACCEPTED
+    from pipelines.contracts import ACCEPTED, CHAT, CLEAN
     from pipelines.contracts import accept as accept_profile
 
-    sources = accept_profile(CLEAN, ACCEPTED)
+    sources = accept_profile(CLEAN, CHAT, ACCEPTED)
     typer.echo(f"{ACCEPTED} now describes {', '.join(sources)}; commit it")
 
 
