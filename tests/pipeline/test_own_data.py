@@ -55,7 +55,7 @@ def leaked(project) -> None:
     ("poison", "sentence"),
     [
         (duplicated, "raw documents are rarely copies of one another (share of the worst source); found 0.5, limit"),
-        (leaked, "held-out documents share 80% of their 13-word runs with training text; found 0."),
+        (leaked, "evaluation source alone: 13-word runs that training text knows; found 0."),
     ],
 )
 def test_poison_is_stopped_before_training(restored, poison, sentence: str) -> None:
