@@ -125,10 +125,9 @@ def test_cross_entropy() -> None:
 def test_adamw_step() -> None:
     theirs, ours = random(5, 7).requires_grad_(), random(5, 7)
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    moments, step = [torch.zeros(5, 7), torch.zeros(5, 7)], torch.zeros(())
+    state = moe_kernels.AdamWState([torch.zeros(5, 7)], [torch.zeros(5, 7)], [torch.zeros(())])
     for scale in (1.0, -0.3, 2.0):
         theirs.grad = random(7, 5).t() * scale
         optimizer.step()
-        lists = [[ours], [theirs.grad], [moments[0]], [moments[1]], [step]]
-        moe_kernels.adamw_step(*lists, learning_rate=1e-2, weight_decay=0.1)
+        moe_kernels.adamw_step([ours], [theirs.grad], state, moe_kernels.AdamW(1e-2, weight_decay=0.1))
     torch.testing.assert_close(ours, theirs.detach())
