@@ -21,13 +21,12 @@ CHECKED_OPERATOR(ApplyAdamWV2,
                    (*weight)->addcdiv_(**first, scale, -rate / (1 - std::pow(beta1, step)));
                  })
 
-// One result per tensor of the list; `i` counts them. The scalar is a tensor of one element, or a number in V2.
+// One result per tensor of the list; `i` counts them.
 #define FOREACH(NAME, PARAMETERS, EXPRESSION) \
   OPERATOR(Foreach##NAME, PARAMETERS, {       \
     for (size_t i = 0; i < out->size(); i++) store((*out)[i], EXPRESSION); \
   })
-#define FOREACH_SCALAR(NAME, LISTS, FUNCTION, ...)                                                            \
-  FOREACH(NAME, (UNPACK LISTS, Tensor * number, Tensors * out), at::FUNCTION(__VA_ARGS__, (*number)->item())) \
+#define FOREACH_SCALAR(NAME, LISTS, FUNCTION, ...) \
   FOREACH(NAME##V2, (UNPACK LISTS, Number * number, Tensors * out), at::FUNCTION(__VA_ARGS__, number->value))
 FOREACH_SCALAR(AddScalar, (Tensors * x), add, (*x)[i])
 FOREACH_SCALAR(MulScalar, (Tensors * x), mul, (*x)[i])
@@ -39,8 +38,6 @@ FOREACH_SCALAR(AddcdivScalar, (Tensors * x, Tensors* y, Tensors* z), addcdiv, (*
 FOREACH(MulList, (Tensors * x, Tensors* y, Tensors* out), (*x)[i] * (*y)[i])
 FOREACH(DivList, (Tensors * x, Tensors* y, Tensors* out), (*x)[i] / (*y)[i])
 FOREACH(LerpScalar, (Tensors * x, Tensors* y, Number* weight, Tensors* out), at::lerp((*x)[i], (*y)[i], weight->value))
-FOREACH(AddcdivScalarList, (Tensors * x, Tensors* y, Tensors* z, Tensor* numbers, Tensors* out),
-        at::addcdiv((*x)[i], (*y)[i], (*z)[i], (**numbers)[i].item()))
 FOREACH(MulScalarList, (Tensors * x, Numbers* numbers, Tensors* out), (*x)[i] * numbers->items[i]->value)
 FOREACH(DivScalarList, (Tensors * x, Numbers* numbers, Tensors* out), (*x)[i] / numbers->items[i]->value)
 FOREACH(Norm, (Tensors * x, Number* order, Tensors* out), at::norm((*x)[i], order->value))

@@ -27,8 +27,6 @@ OPERATOR(LinalgVectorNorm, (Tensor * x, Number* order, Integers* axes, bool keep
   bool all = !axes || axes->values.empty();
   store(out, at::linalg_vector_norm(**x, order->value, all ? std::nullopt : axes_of(axes), keep));
 })
-OPERATOR(Norm, (Tensor * x, Number* order, Integers* axes, bool keep, Tensor* out),
-         { store(out, at::norm(**x, order->value, axes->values, keep)); })
 
 static void store_pair(Tensor* values, Tensor* indices, const std::tuple<at::Tensor, at::Tensor>& result) {
   store(values, std::get<0>(result));
@@ -44,8 +42,6 @@ OPERATOR(Topk, (Tensor * x, int64_t count, int64_t axis, bool largest, bool sort
          { store_pair(values, indices, at::topk(**x, count, axis, largest, sorted)); })
 OPERATOR(Sort, (Tensor * x, bool stable, int64_t axis, bool descending, Tensor* values, Tensor* indices),
          { store_pair(values, indices, at::sort(**x, stable, axis, descending)); })
-OPERATOR(Argsort, (Tensor * x, int64_t axis, bool descending, Tensor* out),
-         { store(out, at::argsort(**x, true, axis, descending)); })
 OPERATOR(Cumsum, (Tensor * x, int64_t axis, int type, Tensor* out),
          { store(out, at::cumsum(**x, axis, scalar_type(type))); })
 OPERATOR(Cumprod, (Tensor * x, Number* axis, int type, Tensor* out),
@@ -89,14 +85,13 @@ OPERATOR(IndexPutImpl, (Tensor * x, Tensors* indices, Tensor* values, bool accum
          { (*x)->index_put_(index_list(indices), **values, accumulate); })
 
 // Operators whose output is as long as the data says: torch_npu allocates the longest and reads the true shape back.
-static void shrink(Tensor* out, const at::Tensor& flat_room, const at::Tensor& result) {
-  auto kept = flat_room.narrow(0, 0, result.size(0));
-  kept.copy_(result);
-  out->view = kept;
+static void shrink(Tensor* out, const at::Tensor& result) {
+  out->view = (*out)->view({-1}).narrow(0, 0, result.numel()).view(result.sizes());
+  out->view.copy_(result);
 }
-OPERATOR(MaskedSelect, (Tensor * x, Tensor* mask, Tensor* out),
-         { shrink(out, (*out)->flatten(), at::masked_select(**x, **mask)); })
-OPERATOR(Nonzero, (Tensor * x, Tensor* out), { shrink(out, **out, at::nonzero(**x)); })
+OPERATOR(MaskedSelect, (Tensor * x, Tensor* mask, Tensor* out), { shrink(out, at::masked_select(**x, **mask)); })
+OPERATOR(Nonzero, (Tensor * x, Tensor* out), { shrink(out, at::nonzero(**x)); })
+OPERATOR(NonzeroV2, (Tensor * x, Tensor* out), { shrink(out, at::nonzero(**x).t()); })
 
 // Writing by index; `reduction` 0 replaces, 1 adds, 2 multiplies.
 static void scatter(const at::Tensor& to, int64_t axis, const at::Tensor& index, const at::Tensor& values,

@@ -1,4 +1,4 @@
-// Mixture of experts: sending tokens to their experts in order, bringing them back, and fused gates.
+// Mixture of experts: sending tokens to their experts in order, and bringing them back.
 //
 // T tokens, K experts a token, N = T * K rows. The row of choice k of token t after sorting by expert is
 // sorted_indices[t * K + k].
@@ -78,13 +78,4 @@ CHECKED_OPERATOR(MoeTokenUnpermuteGrad,
                    auto result = at::zeros((*rows)->sizes(), at::kFloat);
                    result.index_copy_(0, as_long(sorted_indices), spread.reshape((*rows)->sizes()));
                    store(d_rows, result);
-                 })
-
-// Fused gates: for inference; training routes in plain fp32 operators.
-CHECKED_OPERATOR(MoeGatingTopKSoftmax,
-                 (Tensor * x, Tensor*, int64_t count, Tensor* values, Tensor* experts, Tensor*),
-                 { require_type("x", x, FLOATING); }, {
-                   auto top = at::topk(at::softmax(as_float(x), -1), count);
-                   store(values, std::get<0>(top));
-                   store(experts, std::get<1>(top));
                  })

@@ -1,7 +1,8 @@
 """The hot operations of a mixture-of-experts transformer, one function each.
 
 `reference/` in plain PyTorch defines what each operation means; `npu/` computes the same through torch_npu's fused
-operators. `dispatch.py` picks by the device of the first tensor; `device.py` is the only place that names devices.
+operators, `cpu/` by C++ that is compiled once for a machine. `dispatch.py` picks by the device of the first tensor;
+`device.py` is the only place that names devices.
 
 Shapes: B batch, S queries, T tokens or keys, D hidden size or channels, H heads, R rotary channels, E experts,
 K experts per token, N = T * K routed rows (in hyper-connections: residual streams), F width of an expert, V vocabulary.
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_kernels.dispatch import chosen, implementation, reference_only
+from moe_kernels.reference.adamw import AdamW, AdamWState
 from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
 
 __all__ = [
+    "AdamW",
+    "AdamWState",
     "adamw_step",
     "attention",
     "cached_window_attention",
@@ -176,23 +180,6 @@ def newton_schulz(x_Nrc: Tensor, coefficients: Coefficients = COEFFICIENTS, dtyp
     return implementation("newton_schulz", x_Nrc.device.type)(x_Nrc, coefficients, dtype)
 
 
-def adamw_step(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    first_moments: list[Tensor],
-    second_moments: list[Tensor],
-    steps: list[Tensor],
-    *,
-    learning_rate: float,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    weight_decay: float = 0.0,
-    eps: float = 1e-8,
-) -> None:
-    """One step of AdamW in place on lists of tensors of one device; arXiv 1711.05101, algorithm 2.
-
-    steps: fp32 scalars, the number of steps done before; each is raised by one.
-    """
-    step = implementation("adamw_step", weights[0].device.type)
-    lists = (weights, gradients, first_moments, second_moments, steps)
-    step(*lists, learning_rate, beta1, beta2, weight_decay, eps)
+def adamw_step(weights: list[Tensor], gradients: list[Tensor], state: AdamWState, numbers: AdamW) -> None:
+    """One step of AdamW in place on lists of tensors of one device; arXiv 1711.05101, algorithm 2."""
+    implementation("adamw_step", weights[0].device.type)(weights, gradients, state, numbers)

@@ -1,9 +1,10 @@
 """Which backend computes an operation: that of the tensor's device where it has the operation, else the reference.
 
-A backend is a folder beside `reference/` with the same file names, `npu/` for tensors on Ascend. A file of a backend
-may say in `NEEDS` which operators it calls, with the arguments that it passes; when this installation's operator lacks
-one of them, the reference computes instead and a warning says so, once. `reference_only` forces the reference
-everywhere. A compiled graph keeps the choice that was made when it was compiled.
+A backend is a folder beside `reference/` with the same file names: `cpu/`, `npu/` for tensors on Ascend. A backend of
+compiled code has a file `library`, whose `load()` says whether the code is there. A file of a backend may say in
+`NEEDS` which operators it calls, with the arguments that it passes; when this installation's operator lacks one of
+them, the reference computes instead and a warning says so, once. `reference_only` forces the reference everywhere. A
+compiled graph keeps the choice that was made when it was compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("npu",)  # device types that have a folder of their own
+BACKENDS = ("cpu", "npu")  # device types that have a folder of their own
 OPERATIONS = {  # operation -> the file that holds it
     "adamw_step": "adamw",
     "attention": "attention",
@@ -85,6 +86,8 @@ def backend_of(operation: str, device_type: str) -> str:
 def _probe(operation: str, device_type: str) -> str:
     if FUNCTIONS[device_type, operation] is FUNCTIONS["reference", operation]:
         return "reference"
+    if importlib.util.find_spec(f"moe_kernels.{device_type}.library"):
+        return device_type if importlib.import_module(f"moe_kernels.{device_type}.library").load() else "reference"
     needs = getattr(sys.modules[FUNCTIONS[device_type, operation].__module__], "NEEDS", {})
     lacking = [text for name, arguments in needs.items() if (text := _lacks(device_type, name, arguments))]
     if lacking:

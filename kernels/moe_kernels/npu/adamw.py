@@ -5,23 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Tensors = list[Tensor]
+from moe_kernels.reference.adamw import AdamW, AdamWState
 
 
-def adamw_step(
-    weights: Tensors,
-    gradients: Tensors,
-    first_moments: Tensors,
-    second_moments: Tensors,
-    steps: Tensors,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-) -> None:
-    """steps: fp32 scalars, the number of steps done before; each is raised by one."""
-    torch._foreach_add_(steps, 1)
-    keywords = {"lr": learning_rate, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
-    lists = (weights, gradients, first_moments, second_moments, [], steps)
+def adamw_step(weights: list[Tensor], gradients: list[Tensor], state: AdamWState, numbers: AdamW) -> None:
+    """Change the weights and raise the state by one step."""
+    torch._foreach_add_(state.steps, 1)
+    c, lists = numbers, (weights, gradients, state.first, state.second, [], state.steps)
+    keywords = {"lr": c.learning_rate, "beta1": c.beta1, "beta2": c.beta2, "weight_decay": c.weight_decay, "eps": c.eps}
     torch._fused_adamw_(*lists, amsgrad=False, maximize=False, **keywords)

@@ -1,31 +1,40 @@
-"""One step of AdamW, arXiv 1711.05101, algorithm 2, on a list of tensors, in place."""
+"""One step of AdamW, arXiv 1711.05101, algorithm 2, on lists of tensors, in place."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-Tensors = list[Tensor]
+
+@dataclass(frozen=True)
+class AdamW:
+    """Numbers of one step; weight_decay is decoupled from the gradient, as in the paper."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    eps: float = 1e-8
 
 
-def adamw_step(
-    weights: Tensors,
-    gradients: Tensors,
-    first_moments: Tensors,
-    second_moments: Tensors,
-    steps: Tensors,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-) -> None:
-    """steps: fp32 scalars, the number of steps done before; each is raised by one."""
-    for weight, gradient, first, second, step in zip(
-        weights, gradients, first_moments, second_moments, steps, strict=True
-    ):
+@dataclass(frozen=True)
+class AdamWState:
+    """What is kept of each weight: both moments, and the number of steps done before as an fp32 scalar."""
+
+    first: list[Tensor]
+    second: list[Tensor]
+    steps: list[Tensor]
+
+
+def adamw_step(weights: list[Tensor], gradients: list[Tensor], state: AdamWState, numbers: AdamW) -> None:
+    """Change the weights and raise the state by one step."""
+    c = numbers
+    rows = zip(weights, gradients, state.first, state.second, state.steps, strict=True)
+    for weight, gradient, first, second, step in rows:
         step += 1
-        weight.mul_(1 - learning_rate * weight_decay)
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (second / (1 - beta2**step)).sqrt_().add_(eps)
-        weight.sub_(learning_rate / (1 - beta1**step) * first / scale)
+        weight.mul_(1 - c.learning_rate * c.weight_decay)
+        first.lerp_(gradient, 1 - c.beta1)
+        second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
+        scale = (second / (1 - c.beta2**step)).sqrt_().add_(c.eps)
+        weight.sub_(c.learning_rate / (1 - c.beta1**step) * first / scale)

@@ -1,0 +1,147 @@
+// What the kernels share: vectors of the processor's width, exp, sums, tensors as plain pointers.
+//
+// Vectors are the compiler's own (`vector_size`), so one text serves AVX-512, AVX2 and NEON. Nothing here or in the
+// kernels depends on the number of threads: work is cut by size alone, and sums over tokens run in one fixed order.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+using torch::stable::Tensor;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int W = BYTES / 4;  // floats in a vector
+constexpr int TILE = 4;       // rows of a register tile
+
+typedef float V __attribute__((vector_size(BYTES)));
+typedef int32_t I __attribute__((vector_size(BYTES)));
+
+inline V load(const float* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// The first `count` floats, then zeros.
+inline V load(const float* from, int64_t count) {
+  V v{};
+  std::memcpy(&v, from, sizeof(float) * std::min<int64_t>(count, W));
+  return v;
+}
+
+inline void store(float* to, V v) { std::memcpy(to, &v, sizeof v); }
+
+inline void store(float* to, V v, int64_t count) {
+  std::memcpy(to, &v, sizeof(float) * std::min<int64_t>(count, W));
+}
+
+inline V splat(float x) { return V{} + x; }
+
+inline float sum(V v) {
+  float part[W];
+  store(part, v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+}
+
+// exp within 2 units in the last place: 2^n times the series of a remainder in [-ln 2 / 2, ln 2 / 2]; 0 below -87.
+inline V exp(V x) {
+  const V low = splat(-87.0f), high = splat(88.0f), round = splat(12582912.0f);  // 1.5 * 2^23
+  const V clipped = x > high ? high : (x < low ? low : x);
+  const V shifted = clipped * 1.44269504f + round;
+  const V n = shifted - round;
+  const V r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
+  V series = splat(1.0f / 5040);
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  I bits, power;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  power = (bits - 0x4B400000 + 127) << 23;
+  V scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x < low ? V{} : series * scale;
+}
+
+inline V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Calls step(position, how to load, how to store) along a row: whole vectors, then what is left of one.
+template <class Step>
+inline void along(int64_t length, const Step& step) {
+  int64_t at = 0;
+  for (; at + W <= length; at += W)
+    step(at, [](const float* p) { return load(p); }, [](float* p, V v) { store(p, v); });
+  if (const int64_t left = length - at)
+    step(at, [left](const float* p) { return load(p, left); }, [left](float* p, V v) { store(p, v, left); });
+}
+
+// Dot products of TILE rows with TILE rows.
+inline void dots(const float* const a[TILE], const float* const b[TILE], int64_t length, float out[TILE][TILE]) {
+  V total[TILE][TILE] = {};
+  along(length, [&](int64_t at, auto get, auto) {
+    V left[TILE], right[TILE];
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++) left[i] = get(a[i] + at), right[i] = get(b[i] + at);
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE; j++) total[i][j] += left[i] * right[j];
+  });
+  for (int i = 0; i < TILE; i++)
+    for (int j = 0; j < TILE; j++) out[i][j] = sum(total[i][j]);
+}
+
+// bfloat16 is the upper half of a float; numbers round to the nearest, ties to even.
+using Bits = uint16_t;
+
+inline void copy(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+
+inline void copy(const Bits* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+inline void copy(const float* from, int64_t count, Bits* to) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const bool number = (bits & 0x7FFFFFFF) <= 0x7F800000;
+    to[i] = number ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
+  }
+}
+
+// Runs f with a null pointer of the tensor's element type: float or Bits.
+template <class F>
+inline void with_type(const Tensor& tensor, const F& f) {
+  tensor.element_size() == sizeof(float) ? f(static_cast<float*>(nullptr)) : f(static_cast<Bits*>(nullptr));
+}
+
+inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+inline float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+inline int64_t parts(int64_t length, int64_t part) { return (length + part - 1) / part; }
+
+}  // namespace

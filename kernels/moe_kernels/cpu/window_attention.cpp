@@ -1,0 +1,333 @@
+// Attention over a window of raw keys, compressed entries and a sink, one key that is also the value for all heads; see
+// reference/window_attention.py.
+//
+// Shapes: B rows, S tokens, H heads, D channels, T entries, W window (here: window), R rows of a tile = tokens * heads.
+//
+// A tile is a few neighbouring tokens with all of their heads. It multiplies with the keys between the first and the
+// last that one of its tokens may see, and with the groups of entries in which one of them sees one: what lies in the
+// future, in other documents or was not chosen costs nothing but a look at its mask. Logits of a tile (32 rows of 200,
+// 25 kB) never leave the caches. Cost of a token and head with K keys and entries: 4 K D FLOP forwards, 10 K D
+// backwards in fp32, which is the limit; from memory come 2 D numbers a token and head, and D a key.
+//
+// Kept for the backward pass: the logarithm of each softmax's sum. Rows are cut into at most 8 segments by S and the
+// window alone; what they add to keys, entries and sinks is summed in the order of segments.
+#include "multiply.h"
+
+namespace {
+
+constexpr float HIDDEN = -1e30f;
+constexpr int64_t TILE_ROWS = 32, SEGMENT = 256, SEGMENTS = 8;
+
+struct Sizes {
+  int64_t rows, length, heads, width, entries, window, segment, segments, tile;
+
+  Sizes(const Tensor& q, const Tensor& entries, const Tensor& allowed)
+      : rows(q.size(0)), length(q.size(1)), heads(q.size(2)), width(q.size(3)), entries(entries.size(1)),
+        window(allowed.size(2) / 2), tile(std::max<int64_t>(1, TILE_ROWS / heads)) {
+    segment = parts(std::max(SEGMENT, parts(length, SEGMENTS)), window) * window;
+    segments = std::max<int64_t>(1, parts(length, segment));
+  }
+};
+
+// In fp32, as they are and transposed: a segment's keys with the window before it, and all entries of its row. The
+// transposed ones end in zeros, up to whole vectors.
+struct Keys {
+  std::vector<float> near, far, near_across, far_across;
+  int64_t first, near_row, far_row;
+
+  template <class T>
+  Keys(const Sizes& z, const T* kv, const T* entries, int64_t begin, int64_t end)
+      : first(std::max<int64_t>(begin - z.window, 0)) {
+    near_row = turn(z, kv + first * z.width, end - first, near, near_across);
+    far_row = turn(z, entries, z.entries, far, far_across);
+  }
+
+  // Rows are as long as it takes, and of an odd number of vectors: rows of 2^n bytes would share few places in a cache.
+  template <class T>
+  static int64_t turn(const Sizes& z, const T* from, int64_t count, std::vector<float>& as_is,
+                      std::vector<float>& across) {
+    const int64_t row = (parts(count, W) + 1 | 1) * W;
+    as_is.resize(count * z.width), across.assign(z.width * row, 0.0f);
+    copy(from, count * z.width, as_is.data());
+    for (int64_t k = 0; k < count; k++)
+      for (int64_t d = 0; d < z.width; d++) across[d * row + k] = as_is[k * z.width + d];
+    return row;
+  }
+
+  const float* across(bool is_near, int64_t at) const {
+    return is_near ? near_across.data() + at - first : far_across.data() + at;
+  }
+
+  const float* values(const Sizes& z, bool is_near, int64_t at) const {
+    return is_near ? near.data() + (at - first) * z.width : far.data() + at * z.width;
+  }
+};
+
+// Some neighbouring columns of a tile's logits: keys or entries from `first` on, in whole vectors.
+struct Run {
+  bool near;
+  int64_t first, column, count, padded;
+};
+
+// Neighbouring tokens of one chunk of the window, and what they see.
+struct Tile {
+  int64_t token, tokens, rows, columns = 0;
+  std::vector<Run> runs;
+  std::vector<float> mask;  // [tokens, columns]: 0 or HIDDEN
+
+  void add(bool near, int64_t first, int64_t count) {
+    runs.push_back({near, first, columns, count, parts(count, W) * W});
+    columns += runs.back().padded;
+  }
+
+  Tile(const Sizes& z, int64_t token, int64_t tokens, const bool* allowed, const bool* visible)
+      : token(token), tokens(tokens), rows(tokens * z.heads) {
+    const int64_t base = token / z.window * z.window - z.window;
+    int64_t first = 2 * z.window, last = -1;
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t j = 0; j < 2 * z.window; j++)
+        if (allowed[(token + t) * 2 * z.window + j]) first = std::min(first, j), last = std::max(last, j);
+    first = std::max(first, -base), last = std::min(last, z.length - 1 - base);
+    if (first <= last) add(true, base + first, last - first + 1);
+    find_entries(z, visible);
+    fill_mask(z, base, allowed, visible);
+  }
+
+  // Groups of W entries of which a token sees one, neighbouring groups in one run.
+  void find_entries(const Sizes& z, const bool* visible) {
+    int64_t begin = -1;
+    for (int64_t e = 0; e <= z.entries; e += W) {
+      bool seen = false;
+      for (int64_t t = 0; t < tokens && e < z.entries; t++)
+        seen |= std::memchr(visible + (token + t) * z.entries + e, 1, std::min<int64_t>(W, z.entries - e)) != nullptr;
+      if (seen && begin < 0) begin = e;
+      if (!seen && begin >= 0) add(false, begin, e - begin), begin = -1;
+    }
+    if (begin >= 0) add(false, begin, z.entries - begin);
+  }
+
+  void fill_mask(const Sizes& z, int64_t base, const bool* allowed, const bool* visible) {
+    mask.assign(tokens * columns, HIDDEN);
+    for (const Run& run : runs)
+      for (int64_t t = 0; t < tokens; t++) {
+        const bool* sees = run.near ? allowed + (token + t) * 2 * z.window + run.first - base
+                                    : visible + (token + t) * z.entries + run.first;
+        for (int64_t k = 0; k < run.count; k++)
+          if (sees[k]) mask[t * columns + run.column + k] = 0.0f;
+      }
+  }
+
+  // to [rows, columns] = a [rows, D] times all keys.
+  void times_keys(const Sizes& z, const Keys& keys, const float* a, float* to) const {
+    for (const Run& run : runs)
+      multiply(rows, run.padded, z.width, {a, z.width}, keys.across(run.near, run.first),
+               run.near ? keys.near_row : keys.far_row, to + run.column, columns, false);
+  }
+
+  // to [rows, D] = a [rows, columns] times all values.
+  void times_values(const Sizes& z, const Keys& keys, const float* a, float* to) const {
+    std::fill_n(to, rows * z.width, 0.0f);
+    for (const Run& run : runs)
+      multiply(rows, z.width, run.count, {a + run.column, columns}, keys.values(z, run.near, run.first), z.width, to,
+               z.width, true);
+  }
+};
+
+// Tiles of the tokens from begin to end, none across the border of a chunk.
+template <class F>
+void tiles(const Sizes& z, int64_t begin, int64_t end, const bool* allowed, const bool* visible, const F& f) {
+  for (int64_t t = begin; t < end;) {
+    const int64_t count = std::min({z.tile, end - t, (t / z.window + 1) * z.window - t});
+    f(Tile(z, t, count, allowed, visible));
+    t += count;
+  }
+}
+
+// Logits of a row to probabilities, the sink's among them; returns the logarithm of the sum.
+float softmax(float* row, const float* mask, int64_t columns, float sink) {
+  V top = splat(sink), total{};
+  for (int64_t k = 0; k < columns; k += W) {
+    const V logit = load(row + k) + load(mask + k);
+    store(row + k, logit);
+    top = logit > top ? logit : top;
+  }
+  float part[W], most = sink;
+  store(part, top);
+  for (float x : part) most = std::max(most, x);
+  for (int64_t k = 0; k < columns; k += W) {
+    const V p = exp(load(row + k) - most);
+    store(row + k, p);
+    total += p;
+  }
+  const float all = sum(total) + exp(splat(sink - most))[0], inverse = 1.0f / all;
+  for (int64_t k = 0; k < columns; k += W) store(row + k, load(row + k) * inverse);
+  return most + __builtin_logf(all);
+}
+
+template <class T>
+void scaled(const T* from, int64_t count, float scale, float* to) {
+  copy(from, count, to);
+  for (int64_t i = 0; i < count; i++) to[i] *= scale;
+}
+
+// Attention that each entry got from each token of the tile, over its heads.
+void add_mass(const Sizes& z, const Tile& tile, const float* p, float* mass) {
+  for (const Run& run : tile.runs)
+    for (int64_t r = 0; r < (run.near ? 0 : tile.rows); r++) {
+      float* to = mass + (tile.token + r / z.heads) * z.entries + run.first;
+      for (int64_t k = 0; k < run.count; k++) to[k] += p[r * tile.columns + run.column + k];
+    }
+}
+
+template <class T>
+void attend(const Sizes& z, const Tile& tile, const Keys& keys, const T* q, const float* sinks, T* out, float* mass,
+            float* log_sums) {
+  const int64_t size = tile.rows * z.width, row = tile.token * z.heads;
+  std::vector<float> query(size), p(tile.rows * tile.columns), result(size);
+  scaled(q + row * z.width, size, 1.0f / __builtin_sqrtf(z.width), query.data());
+  tile.times_keys(z, keys, query.data(), p.data());
+  for (int64_t r = 0; r < tile.rows; r++)
+    log_sums[row + r] = softmax(p.data() + r * tile.columns, tile.mask.data() + r / z.heads * tile.columns,
+                                tile.columns, sinks[r % z.heads]);
+  tile.times_values(z, keys, p.data(), result.data());
+  copy(result.data(), size, out + row * z.width);
+  add_mass(z, tile, p.data(), mass);
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_attention(const Tensor& q, const Tensor& kv, const Tensor& entries,
+                                                    const Tensor& sinks, const Tensor& allowed,
+                                                    const Tensor& visible) {
+  const Sizes z(q, entries, allowed);
+  Tensor out = torch::stable::empty_like(q), log_sums = torch::stable::new_empty(sinks, {z.rows, z.length, z.heads});
+  Tensor mass = torch::stable::new_zeros(sinks, {z.rows, z.length, z.entries});
+  const bool *near = static_cast<const bool*>(allowed.const_data_ptr()),
+             *far = static_cast<const bool*>(visible.const_data_ptr());
+  const int64_t near_row = allowed.size(0) == 1 ? 0 : z.length * 2 * z.window;
+  float *to_mass = floats_of(mass), *to_sums = floats_of(log_sums);
+  with_type(q, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *queries = static_cast<const T*>(q.const_data_ptr()), *raw = static_cast<const T*>(kv.const_data_ptr()),
+            *packed = static_cast<const T*>(entries.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, z.rows * z.segments, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; part++) {
+        const int64_t b = part / z.segments, begin = part % z.segments * z.segment, row = b * z.length * z.heads;
+        const int64_t end = std::min(begin + z.segment, z.length);
+        const Keys keys(z, raw + b * z.length * z.width, packed + b * z.entries * z.width, begin, end);
+        tiles(z, begin, end, near + b * near_row, far + b * z.length * z.entries,
+              [&](const Tile& tile) {
+                attend(z, tile, keys, queries + row * z.width, floats(sinks), to + row * z.width,
+                       to_mass + b * z.length * z.entries, to_sums + row);
+              });
+      }
+    });
+  });
+  return {out, mass, log_sums};
+}
+
+// What one segment adds: to the keys from a window before it on, to all entries, to the sinks.
+struct Added {
+  float *near, *far, *sinks;
+  int64_t first_key;
+};
+
+template <class T>
+void attend_backward(const Sizes& z, const Tile& tile, const Keys& keys, const T* d_out, const T* q,
+                     const float* sinks, const float* log_sums, T* d_q, const Added& added) {
+  const int64_t size = tile.rows * z.width, row = tile.token * z.heads, columns = tile.columns;
+  const float scale = 1.0f / __builtin_sqrtf(z.width);
+  std::vector<float> query(size), grad(size), p(tile.rows * columns), d_p(tile.rows * columns), result(size);
+  scaled(q + row * z.width, size, scale, query.data());
+  copy(d_out + row * z.width, size, grad.data());
+  tile.times_keys(z, keys, query.data(), p.data());
+  tile.times_keys(z, keys, grad.data(), d_p.data());
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const float *mask = tile.mask.data() + r / z.heads * columns, log_sum = log_sums[row + r];
+    float *p_row = p.data() + r * columns, *d_row = d_p.data() + r * columns;
+    V meet{};
+    for (int64_t k = 0; k < columns; k += W) {
+      const V probability = exp(load(p_row + k) + load(mask + k) - log_sum);
+      store(p_row + k, probability);
+      meet += probability * load(d_row + k);
+    }
+    const float mean = sum(meet);
+    for (int64_t k = 0; k < columns; k += W) store(d_row + k, load(p_row + k) * (load(d_row + k) - mean));
+    added.sinks[r % z.heads] -= exp(splat(sinks[r % z.heads] - log_sum))[0] * mean;
+  }
+  tile.times_values(z, keys, d_p.data(), result.data());
+  for (int64_t i = 0; i < size; i++) result[i] *= scale;
+  copy(result.data(), size, d_q + row * z.width);
+  for (const Run& run : tile.runs) {
+    float* to = run.near ? added.near + (run.first - added.first_key) * z.width : added.far + run.first * z.width;
+    multiply(run.count, z.width, tile.rows, {p.data() + run.column, 1, columns}, grad.data(), z.width, to, z.width, true);
+    multiply(run.count, z.width, tile.rows, {d_p.data() + run.column, 1, columns}, query.data(), z.width, to, z.width,
+             true);
+  }
+}
+
+// Sums of the segments in their order: keys lie in their own segment's part and in the next one's first window.
+template <class T>
+void gather(const Sizes& z, const float* partial, int64_t stride, int64_t near_size, int64_t b, T* d_kv,
+            T* d_entries) {
+  std::vector<float> near(z.length * z.width), far(z.entries * z.width);
+  for (int64_t s = 0; s < z.segments; s++) {
+    const float* from = partial + (b * z.segments + s) * stride;
+    const int64_t first = s * z.segment - z.window;
+    const int64_t begin = std::max<int64_t>(first, 0), end = std::min((s + 1) * z.segment, z.length);
+    for (int64_t i = begin * z.width; i < end * z.width; i++) near[i] += from[i - first * z.width];
+    for (int64_t i = 0; i < z.entries * z.width; i++) far[i] += from[near_size + i];
+  }
+  copy(near.data(), z.length * z.width, d_kv);
+  copy(far.data(), z.entries * z.width, d_entries);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
+    const Tensor& d_out, const Tensor& q, const Tensor& kv, const Tensor& entries, const Tensor& sinks,
+    const Tensor& allowed, const Tensor& visible, const Tensor& log_sums) {
+  const Sizes z(q, entries, allowed);
+  Tensor d_q = torch::stable::empty_like(q), d_kv = torch::stable::empty_like(kv);
+  Tensor d_entries = torch::stable::empty_like(entries), d_sinks = torch::stable::new_zeros(sinks, {z.heads});
+  const bool *near = static_cast<const bool*>(allowed.const_data_ptr()),
+             *far = static_cast<const bool*>(visible.const_data_ptr());
+  const int64_t near_row = allowed.size(0) == 1 ? 0 : z.length * 2 * z.window;
+  const int64_t near_size = (z.segment + z.window) * z.width, far_size = z.entries * z.width;
+  const int64_t stride = near_size + far_size + z.heads;
+  std::vector<float> partial(z.rows * z.segments * stride);
+  with_type(q, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *queries = static_cast<const T*>(q.const_data_ptr()), *raw = static_cast<const T*>(kv.const_data_ptr()),
+            *packed = static_cast<const T*>(entries.const_data_ptr()),
+            *grads = static_cast<const T*>(d_out.const_data_ptr());
+    T *to_q = static_cast<T*>(d_q.mutable_data_ptr()), *to_kv = static_cast<T*>(d_kv.mutable_data_ptr()),
+      *to_entries = static_cast<T*>(d_entries.mutable_data_ptr());
+    torch::stable::parallel_for(0, z.rows * z.segments, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; part++) {
+        const int64_t b = part / z.segments, begin = part % z.segments * z.segment, row = b * z.length * z.heads;
+        const int64_t end = std::min(begin + z.segment, z.length);
+        const Keys keys(z, raw + b * z.length * z.width, packed + b * z.entries * z.width, begin, end);
+        float* own = partial.data() + part * stride;
+        const Added added{own, own + near_size, own + near_size + far_size, begin - z.window};
+        tiles(z, begin, end, near + b * near_row, far + b * z.length * z.entries,
+              [&](const Tile& tile) {
+                attend_backward(z, tile, keys, grads + row * z.width, queries + row * z.width, floats(sinks),
+                                floats(log_sums) + row, to_q + row * z.width, added);
+              });
+      }
+    });
+    torch::stable::parallel_for(0, z.rows, 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; b++)
+        gather(z, partial.data(), stride, near_size, b, to_kv + b * z.length * z.width, to_entries + b * far_size);
+    });
+  });
+  float* to_sinks = floats_of(d_sinks);
+  for (int64_t part = 0; part < z.rows * z.segments; part++)
+    for (int64_t h = 0; h < z.heads; h++) to_sinks[h] += partial[part * stride + near_size + far_size + h];
+  return {d_q, d_kv, d_entries, d_sinks};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels_cpu, CPU, m) {
+  m.impl("window_attention", TORCH_BOX(&window_attention));
+  m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
+}

@@ -1,0 +1,231 @@
+"""Each compiled operation of the CPU against the reference in float64: values and the gradient of every input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import moe_kernels
+import pytest
+import torch
+from moe_kernels.cpu import library
+from moe_kernels.reference import hyper_connection, window_attention
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+TOLERANCE = {FP32: 3e-6, BF16: 1e-2}  # of the norm of the difference over the norm of the reference
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    if not library.load():
+        pytest.skip("needs a C++ compiler")
+
+
+def random(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def distance(ours: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of the reference, which counts as at least 0.01 an element."""
+    assert ours.shape == exact.shape
+    floor = 1e-2 * max(exact.numel(), 1) ** 0.5
+    return float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=floor))
+
+
+def outputs_and_gradients(
+    call: Callable[..., Any], inputs: list[Any], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Results, then gradients of every floating-point input, with the same upstream gradients for every dtype."""
+    leaves = [
+        value.detach().to(dtype or value.dtype).requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for value in inputs
+    ]
+    results = call(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    smooth = [result for result in results if result.requires_grad]
+    upstream = [random(*result.shape, seed=7 + n).to(result.dtype) for n, result in enumerate(smooth)]
+    torch.autograd.backward(smooth, upstream)
+    return [*results, *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)]
+
+
+def same(operation: str, exact: Callable[..., Any], inputs: list[Any]) -> None:
+    assert moe_kernels.chosen(torch.device("cpu"))[operation] == "cpu"
+    dtype = next(value.dtype for value in inputs if isinstance(value, Tensor))
+    ours = outputs_and_gradients(getattr(moe_kernels, operation), inputs)
+    theirs = outputs_and_gradients(exact, inputs, FP64)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert distance(mine, other) <= TOLERANCE[dtype]
+
+
+def read_inputs(tokens: int, streams: int, width: int) -> list[Any]:
+    count = streams * (streams + 2)
+    tensors = [random(tokens, streams, width), random(count, streams * width) * 0.1, random(count), random(3) + 1]
+    return [*tensors, 1e-6, 20, 1e-6]
+
+
+def write_inputs(tokens: int, streams: int, width: int) -> list[Any]:
+    return [
+        random(tokens, streams, width),
+        random(tokens, width),
+        random(tokens, streams),
+        random(tokens, streams, streams),
+    ]
+
+
+STREAMS = [(1, 4, 256), (33, 4, 40), (100, 1, 7), (5, 8, 33), (70, 3, 17), (300, 2, 64), (0, 4, 8), (17, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", STREAMS, ids=str)
+def test_hyper_read(shape: tuple[int, int, int]) -> None:
+    same("hyper_read", hyper_connection.hyper_read, read_inputs(*shape))
+
+
+@pytest.mark.parametrize("shape", STREAMS, ids=str)
+def test_hyper_write(shape: tuple[int, int, int]) -> None:
+    same("hyper_write", hyper_connection.hyper_write, write_inputs(*shape))
+
+
+def test_hyper_connections_of_views_of_many_streams_and_of_float64() -> None:
+    x, *others = read_inputs(9, 4, 16)
+    same("hyper_read", hyper_connection.hyper_read, [x.transpose(0, 1).contiguous().transpose(0, 1), *others])
+    wide = read_inputs(2, 9, 4)
+    assert torch.equal(moe_kernels.hyper_read(*wide)[0], hyper_connection.hyper_read(*wide)[0])
+    exact = [value.double() if isinstance(value, Tensor) else value for value in read_inputs(2, 4, 4)]
+    assert moe_kernels.hyper_read(*exact)[0].dtype == FP64
+
+
+def attention_inputs(
+    rows: int, length: int, heads: int, width: int, entries: int, window: int, dtype: torch.dtype = FP32
+) -> list[Any]:
+    """Documents of about 30 tokens; a third of the entries of the past is visible, in some rows none."""
+    places = torch.arange(length)
+    keys = (places // window * window - window)[:, None] + torch.arange(2 * window)
+    starts = random(rows, length, seed=1) > 1.8
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    near = (keys <= places[:, None]) & (keys > places[:, None] - window) & (keys >= first[:, :, None])
+    past = torch.arange(entries) * length < places[:, None] * entries
+    visible = past & (random(rows, length, entries, seed=2) > 0.4) & (random(rows, length, 1, seed=3) > -1)
+    tensors = [random(rows, length, heads, width), random(rows, length, width), random(rows, entries, width)]
+    return [*(tensor.to(dtype) for tensor in tensors), random(heads), near, visible]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 512, 4, 64, 128, 64), (1, 5, 3, 7, 2, 4), (2, 33, 2, 20, 0, 16), (3, 100, 5, 24, 37, 8), (2, 1, 4, 8, 1, 16),
+     (1, 600, 64, 16, 33, 128)],
+    ids=str,
+)  # fmt: skip
+def test_window_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    same("window_attention", window_attention.window_attention, attention_inputs(*shape, dtype=dtype))
+
+
+def test_window_attention_with_one_mask_for_all_rows_and_under_autocast() -> None:
+    q, kv, entries, sinks, near, visible = attention_inputs(2, 40, 2, 8, 10, 8)
+    inputs = [q, kv, entries, sinks, near[:1], visible]
+    same("window_attention", window_attention.window_attention, inputs)
+    with torch.autocast("cpu", dtype=BF16):
+        ours = moe_kernels.window_attention(*inputs)[0]
+    assert ours.dtype == BF16
+    assert distance(ours, window_attention.window_attention(*inputs)[0].double()) <= TOLERANCE[BF16]
+
+
+CASES = {
+    "hyper_read": (read_inputs(900, 4, 48), None),
+    "hyper_write": (write_inputs(900, 4, 48), None),
+    "window_attention": (attention_inputs(2, 600, 2, 16, 40, 32), None),
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("operation", CASES)
+def test_the_same_bits_again_and_with_two_threads(operation: str, threads: Callable[[int], None]) -> None:
+    runs = []
+    for count in (1, 1, 2):
+        threads(count)
+        runs.append(outputs_and_gradients(getattr(moe_kernels, operation), CASES[operation][0]))
+    for first, again, two in zip(*runs, strict=True):
+        assert torch.equal(first, again)
+        assert torch.equal(first, two)
+
+
+@pytest.mark.parametrize("operation", CASES)
+def test_what_torch_library_expects(operation: str) -> None:
+    inputs, arguments = CASES[operation]
+    leaves = [v.clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs]
+    torch.library.opcheck(getattr(torch.ops.moe_kernels_cpu, operation).default, tuple(arguments or leaves))
+
+
+@pytest.mark.parametrize("operation", CASES)
+def test_a_compiled_graph_holds_the_operation_whole_and_keeps_its_values(operation: str) -> None:
+    call = getattr(moe_kernels, operation)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        outputs_and_gradients(compiled, CASES[operation][0]),
+        outputs_and_gradients(call, CASES[operation][0]),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+PROBE = """
+import torch, moe_kernels, warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    chosen = {moe_kernels.chosen(torch.device("cpu"))["hyper_read"] for _ in range(2)}
+    moe_kernels.hyper_write(torch.ones(2, 4, 3), torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 4, 4))
+print(chosen, [str(w.message) for w in said])
+"""
+
+
+def probe(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    variables = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder), "TMPDIR": str(folder), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROBE], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_without_a_compiler_the_reference_computes_and_one_warning_says_so(tmp_path: Path) -> None:
+    said, trouble = probe(tmp_path, PATH="").communicate(timeout=120)
+    assert said.startswith("{'reference'} ['The CPU kernels are not in use, PyTorch computes instead: no C++ compiler")
+    assert said.count("not in use") == 1
+    assert "Traceback" not in trouble
+
+
+def test_a_compiler_that_fails_is_reported_in_one_sentence(tmp_path: Path) -> None:
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'fatal error: out of stars' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    said, trouble = probe(tmp_path, PATH=f"{compiler.parent}{os.pathsep}/bin").communicate(timeout=120)
+    assert said.startswith("{'reference'}")
+    assert "out of stars" in said
+    assert "Traceback" not in trouble
+
+
+def test_two_processes_build_at_once_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    """A file stands where the folder of the cache would be; both take the one among temporary files."""
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    both = [probe(tmp_path, XDG_CACHE_HOME=str(blocked)) for _ in range(2)]
+    for process in both:
+        said, trouble = process.communicate(timeout=300)
+        assert said.strip() == "{'cpu'} []", trouble
+    assert len(list(tmp_path.glob("shovel-kernels-*/*.so"))) == 1
