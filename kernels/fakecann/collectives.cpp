@@ -1,8 +1,9 @@
 // Collectives between processes of one machine through shared memory, behind the C interface of HCCL.
 //
-// Every rank owns one area; a collective is: write my area, wait for all, read the others', wait for all. Point-to-point
-// messages go through one mailbox per pair of ranks. A rank that ended, or does not come within FAKECANN_TIMEOUT_S, is an
-// error for the others that names it. On the real device a collective is asynchronous, here it is done on return.
+// Every rank owns one area; a collective is: write my area, wait for all, read the others', wait for all.
+// Point-to-point messages go through one mailbox per pair of ranks. A rank that ended, or does not come within
+// FAKECANN_TIMEOUT_S, is an error for the others that names it. On the real device a collective is asynchronous, here
+// it is done on return.
 #include "fakecann.h"
 
 #include <ATen/ATen.h>
@@ -83,8 +84,7 @@ HcclResult barrier(Communicator* group) {
     shared->round++;
     return HCCL_SUCCESS;
   }
-  return wait(group, [=] { return shared->round != round; },
-              [=](uint32_t rank) { return shared->here[rank] < mine; });
+  return wait(group, [=] { return shared->round != round; }, [=](uint32_t rank) { return shared->here[rank] < mine; });
 }
 
 #define TRY(CALL) \
@@ -122,16 +122,26 @@ HcclResult begin(Communicator* group, const char* name) {
 
 at::ScalarType type_of(HcclDataType type) {
   switch (type) {
-    case HCCL_DATA_TYPE_INT8: return at::kChar;
-    case HCCL_DATA_TYPE_INT16: return at::kShort;
-    case HCCL_DATA_TYPE_INT32: return at::kInt;
-    case HCCL_DATA_TYPE_INT64: return at::kLong;
-    case HCCL_DATA_TYPE_UINT8: return at::kByte;
-    case HCCL_DATA_TYPE_FP16: return at::kHalf;
-    case HCCL_DATA_TYPE_BFP16: return at::kBFloat16;
-    case HCCL_DATA_TYPE_FP32: return at::kFloat;
-    case HCCL_DATA_TYPE_FP64: return at::kDouble;
-    default: TORCH_CHECK(false, "no collective takes the data type with number ", static_cast<int>(type));
+    case HCCL_DATA_TYPE_INT8:
+      return at::kChar;
+    case HCCL_DATA_TYPE_INT16:
+      return at::kShort;
+    case HCCL_DATA_TYPE_INT32:
+      return at::kInt;
+    case HCCL_DATA_TYPE_INT64:
+      return at::kLong;
+    case HCCL_DATA_TYPE_UINT8:
+      return at::kByte;
+    case HCCL_DATA_TYPE_FP16:
+      return at::kHalf;
+    case HCCL_DATA_TYPE_BFP16:
+      return at::kBFloat16;
+    case HCCL_DATA_TYPE_FP32:
+      return at::kFloat;
+    case HCCL_DATA_TYPE_FP64:
+      return at::kDouble;
+    default:
+      TORCH_CHECK(false, "no collective takes the data type with number ", static_cast<int>(type));
   }
 }
 

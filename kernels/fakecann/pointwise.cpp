@@ -89,29 +89,30 @@ OPERATOR(InplaceLogicalOr, (Tensor * x, Tensor* y), { (*x)->logical_or_(**y); })
 OPERATOR(PowScalarTensor, (Number * x, Tensor* y, Tensor* out), { store(out, at::pow(x->value, **y)); })
 
 // Sums take a third operand: x + alpha * y.
-#define WITH_ALPHA(NAME, FUNCTION)                                                                        \
-  OPERATOR(NAME, (Tensor * x, Tensor * y, Number * alpha, Tensor * out),                                  \
-           { store(out, at::FUNCTION(**x, **y, alpha->value)); })                                         \
-  OPERATOR(NAME##s, (Tensor * x, Number * y, Number * alpha, Tensor * out),                               \
-           { store(out, at::FUNCTION(**x, y->value, alpha->value)); })                                    \
-  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Number * alpha),                                       \
-           { store(x, at::FUNCTION(**x, **y, alpha->value)); })                                           \
-  OPERATOR(Inplace##NAME##s, (Tensor * x, Number * y, Number * alpha),                                    \
+#define WITH_ALPHA(NAME, FUNCTION)                                          \
+  OPERATOR(NAME, (Tensor * x, Tensor * y, Number * alpha, Tensor * out),    \
+           { store(out, at::FUNCTION(**x, **y, alpha->value)); })           \
+  OPERATOR(NAME##s, (Tensor * x, Number * y, Number * alpha, Tensor * out), \
+           { store(out, at::FUNCTION(**x, y->value, alpha->value)); })      \
+  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Number * alpha),         \
+           { store(x, at::FUNCTION(**x, **y, alpha->value)); })             \
+  OPERATOR(Inplace##NAME##s, (Tensor * x, Number * y, Number * alpha),      \
            { store(x, at::FUNCTION(**x, y->value, alpha->value)); })
 WITH_ALPHA(Add, add)
 WITH_ALPHA(Sub, sub)
 OPERATOR(Rsubs, (Tensor * x, Number* y, Number* alpha, Tensor* out),
          { store(out, at::rsub(**x, y->value, alpha->value)); })
 
-#define WITH_VALUE(NAME, FUNCTION)                                                        \
-  OPERATOR(NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value, Tensor * out),      \
-           { store(out, at::FUNCTION(**x, **y, **z, value->value)); })                    \
-  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value),           \
+#define WITH_VALUE(NAME, FUNCTION)                                                   \
+  OPERATOR(NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value, Tensor * out), \
+           { store(out, at::FUNCTION(**x, **y, **z, value->value)); })               \
+  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value),      \
            { store(x, at::FUNCTION(**x, **y, **z, value->value)); })
 WITH_VALUE(Addcmul, addcmul)
 WITH_VALUE(Addcdiv, addcdiv)
 OPERATOR(Lerp, (Tensor * x, Tensor* y, Tensor* weight, Tensor* out), { store(out, at::lerp(**x, **y, **weight)); })
-OPERATOR(Lerps, (Tensor * x, Tensor* y, Number* weight, Tensor* out), { store(out, at::lerp(**x, **y, weight->value)); })
+OPERATOR(Lerps, (Tensor * x, Tensor* y, Number* weight, Tensor* out),
+         { store(out, at::lerp(**x, **y, weight->value)); })
 OPERATOR(InplaceLerp, (Tensor * x, Tensor* y, Tensor* weight), { (*x)->lerp_(**y, **weight); })
 OPERATOR(InplaceLerps, (Tensor * x, Tensor* y, Number* weight), { (*x)->lerp_(**y, weight->value); })
 

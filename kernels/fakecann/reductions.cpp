@@ -54,21 +54,22 @@ OPERATOR(Bincount, (Tensor * x, Tensor* weights, int64_t length, Tensor* out),
 // Reading by index. The real operators take int32 or int64 indices.
 constexpr std::initializer_list<at::ScalarType> INDICES = {at::kInt, at::kLong};
 
-CHECKED_OPERATOR(Gather, (Tensor * x, int64_t axis, Tensor* index, Tensor* out),
-                 { require_type("index", index, INDICES); },
-                 { store(out, at::gather(**x, axis, as_long(index))); })
-CHECKED_OPERATOR(IndexSelect, (Tensor * x, int64_t axis, Tensor* index, Tensor* out),
-                 { require_type("index", index, INDICES); },
-                 { store(out, at::index_select(**x, axis, as_long(index))); })
-CHECKED_OPERATOR(Embedding, (Tensor * weight, Tensor* index, Tensor* out),
-                 { require_type("index", index, INDICES); },
-                 { store(out, at::embedding(**weight, as_long(index))); })
-CHECKED_OPERATOR(EmbeddingDenseBackward,
-                 (Tensor * grad, Tensor* index, uint64_t rows, uint64_t padding, bool scaled, Tensor* out),
-                 { require_type("index", index, INDICES); }, {
-                   store(out, at::embedding_dense_backward(**grad, as_long(index), static_cast<int64_t>(rows),
-                                                           static_cast<int64_t>(padding), scaled));
-                 })
+CHECKED_OPERATOR(
+    Gather, (Tensor * x, int64_t axis, Tensor* index, Tensor* out), { require_type("index", index, INDICES); },
+    { store(out, at::gather(**x, axis, as_long(index))); })
+CHECKED_OPERATOR(
+    IndexSelect, (Tensor * x, int64_t axis, Tensor* index, Tensor* out), { require_type("index", index, INDICES); },
+    { store(out, at::index_select(**x, axis, as_long(index))); })
+CHECKED_OPERATOR(
+    Embedding, (Tensor * weight, Tensor* index, Tensor* out), { require_type("index", index, INDICES); },
+    { store(out, at::embedding(**weight, as_long(index))); })
+CHECKED_OPERATOR(
+    EmbeddingDenseBackward, (Tensor * grad, Tensor* index, uint64_t rows, uint64_t padding, bool scaled, Tensor* out),
+    { require_type("index", index, INDICES); },
+    {
+      store(out, at::embedding_dense_backward(**grad, as_long(index), static_cast<int64_t>(rows),
+                                              static_cast<int64_t>(padding), scaled));
+    })
 
 static c10::List<std::optional<at::Tensor>> index_list(const Tensors* indices) {
   c10::List<std::optional<at::Tensor>> result;

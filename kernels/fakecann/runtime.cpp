@@ -61,8 +61,8 @@ Fault read_fault() {
 }
 
 int lost_error() {
-  return fail(ACL_ERROR_RT_LOST_HEARTBEAT, "the device is lost: its heartbeat stopped after " +
-                                               std::to_string(fault().count) + " operators");
+  return fail(ACL_ERROR_RT_LOST_HEARTBEAT,
+              "the device is lost: its heartbeat stopped after " + std::to_string(fault().count) + " operators");
 }
 
 }  // namespace
@@ -145,8 +145,8 @@ aclError aclrtGetDeviceCount(uint32_t* count) {
 
 aclError aclrtSetDevice(int32_t id) {
   if (id < 0 || id >= settings().devices) {
-    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "device " + std::to_string(id) + " does not exist; there are " +
-                                                   std::to_string(settings().devices));
+    return fail(ACL_ERROR_RT_INVALID_DEVICEID,
+                "device " + std::to_string(id) + " does not exist; there are " + std::to_string(settings().devices));
   }
   device = id;
   return pending_error(false);
