@@ -7,13 +7,14 @@ Q = N + R, V value channels, C latent channels. DeepSeek-V2, arXiv 2405.04434, s
 from __future__ import annotations
 
 import torch
+from moe_kernels import rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.context import Context, Rotation
 from model.norm import RMSNorm
-from model.rope import rotate_last, yarn_mscale
+from model.rope import yarn_mscale
 
 
 class LatentAttention(nn.Module):
@@ -41,9 +42,7 @@ class LatentAttention(nn.Module):
         turn = context.rotation()
         q_BSHQ = self._queries(x_BSD, turn)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent, self.rope], dim=-1)
-        kept_BSX = torch.cat(
-            [self.kv_a_layernorm(latent_BSC), rotate_last(key_BSR.unsqueeze(2), turn).squeeze(2)], dim=-1
-        )
+        kept_BSX = torch.cat([self.kv_a_layernorm(latent_BSC), rotate(key_BSR.unsqueeze(2), *turn).squeeze(2)], dim=-1)
         kept_BTX, mask = self._with_past(kept_BSX, context, layer)
         latent_BTC, key_BTR = kept_BTX.split([self.latent, self.rope], dim=-1)
         k_BTHN, v_BTHV = (
@@ -55,7 +54,7 @@ class LatentAttention(nn.Module):
 
     def _queries(self, x_BSD: Tensor, turn: Rotation) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD))) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)
-        return rotate_last(q.unflatten(-1, (self.heads, -1)), turn)
+        return rotate(q.unflatten(-1, (self.heads, -1)), *turn)
 
     def _with_past(self, kept_BSX: Tensor, context: Context, layer: str) -> tuple[Tensor, Tensor | None]:
         """(latents and rotated keys of past and present [B, T, C + R], additive mask or None for plain causal)."""

@@ -12,13 +12,12 @@ J indexer heads, M tokens a block, C channels of an entry times 1 (HCA) or 2 (CS
 from __future__ import annotations
 
 import torch
-from moe_kernels import cached_window_attention, window_attention
+from moe_kernels import cached_window_attention, rms_norm, rotate, window_attention
 from torch import Tensor, nn
 
 from model.config import SLIDING, SPARSE, ModelConfig
 from model.context import Context
-from model.norm import RMSNorm, rms_norm
-from model.rope import rotate_last
+from model.norm import RMSNorm
 
 SCORES = 1 << 26  # indexer scores by head that exist at the same time
 HIDDEN = -1e30  # the score of an entry that a query does not see
@@ -49,13 +48,13 @@ class CompressedAttention(nn.Module):
         c, turn = self.config, context.rotation(self.rope)
         query_BSR = self.q_a_norm(self.q_a_proj(x_BSD))
         q_BSHD = self.q_b_proj(query_BSR).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        q_BSHD = rotate_last(rms_norm(q_BSHD, c.rms_norm_eps), turn)
-        kv_BSD = rotate_last(self.kv_norm(self.kv_proj(x_BSD)).unsqueeze(2), turn).squeeze(2)
+        q_BSHD = rotate(rms_norm(q_BSHD, None, c.rms_norm_eps), *turn)
+        kv_BSD = rotate(self.kv_norm(self.kv_proj(x_BSD)).unsqueeze(2), *turn).squeeze(2)
         entries_BTD, visible_BST, scores_BST = self._entries(x_BSD, query_BSR, context, layer)
         out_BSHD, mass_BST = self._attend(q_BSHD, kv_BSD, entries_BTD, visible_BST, context, layer)
         if scores_BST is not None:
             compare_indexer(scores_BST, mass_BST, visible_BST, c.index_topk, context, self.training)
-        out_BSHD = rotate_last(out_BSHD, turn, inverse=True)
+        out_BSHD = rotate(out_BSHD, *turn, inverse=True)
         return self.o_b_proj(self._grouped(out_BSHD.flatten(2)))
 
     def _entries(
@@ -140,7 +139,7 @@ class Compressor(nn.Module):
             value, gate = torch.cat(halves, dim=2), torch.cat([before_gate, gate[..., self.width :]], dim=2)
         pooled_BTD = (gate.softmax(dim=2) * value.float()).sum(dim=2).to(value.dtype)
         turn = context.rotation_at(position_BT, "compress")
-        return rotate_last(self.kv_norm(pooled_BTD).unsqueeze(2), turn).squeeze(2)
+        return rotate(self.kv_norm(pooled_BTD).unsqueeze(2), *turn).squeeze(2)
 
     def _block(self, tokens_BSC: Tensor, first_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(values, gates) of M tokens from each index on, [B, T, M, C]."""
@@ -183,7 +182,7 @@ class Indexer(Compressor):
         """Of every entry for every token, [B, S, T] fp32."""
         keys_BTI, _ = self(x_BSD, context, f"{layer} indexer")
         q_BSJI = self.q_b_proj(query_BSR).unflatten(-1, (self.heads, self.width))
-        q_BSJI = rotate_last(q_BSJI, context.rotation("compress"))
+        q_BSJI = rotate(q_BSJI, *context.rotation("compress"))
         weights_BSJ = self.scorer["weights_proj"](x_BSD).float() * (self.width * self.heads) ** -0.5
         part = max(1, SCORES // max(1, len(x_BSD) * self.heads * keys_BTI.shape[1]))
         pairs = zip(q_BSJI.split(part, dim=1), weights_BSJ.split(part, dim=1), strict=True)

@@ -7,7 +7,7 @@ G groups of experts. DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V4, arXiv 260
 from __future__ import annotations
 
 import torch
-from moe_kernels import experts
+from moe_kernels import experts, swiglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,10 +30,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1), self.limit))
 
 
 class Router(nn.Module):

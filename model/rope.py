@@ -1,6 +1,6 @@
-"""Rotary position embedding, interleaved pairs, with YaRN for contexts beyond the trained length.
+"""The angles of rotary position embedding, with YaRN for contexts beyond the trained length.
 
-Shapes: B batch, S tokens, H heads, D channels of a head, R rotary channels, the last of the D.
+Shapes: B batch, S tokens, R rotary channels.
 RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071, section 3.2; DeepSeek-V3, arXiv 2412.19437, section 4.3.
 """
 
@@ -51,17 +51,3 @@ def rotation_scale(rope: dict[str, Any]) -> float:
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return yarn_mscale(rope, "mscale") / yarn_mscale(rope, "mscale_all_dim")
     return 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-
-
-def rotate_last(x_BSHD: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool = False) -> Tensor:
-    """Rotate the last R channels forth, or back; the ones before have no position."""
-    cos_BS1R, sin_BS1R = rotation
-    plain_BSHN, x_BSHR = x_BSHD.split([x_BSHD.shape[-1] - 2 * cos_BS1R.shape[-1], 2 * cos_BS1R.shape[-1]], dim=-1)
-    return torch.cat([plain_BSHN, rotate(x_BSHR, cos_BS1R, -sin_BS1R if inverse else sin_BS1R)], dim=-1)
-
-
-def rotate(x_BSHR: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor) -> Tensor:
-    """Rotate each adjacent pair (2i, 2i + 1) of the last axis in fp32; the dtype of `x_BSHR` is kept."""
-    even, odd = x_BSHR.float().unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack([even * cos_BS1R - odd * sin_BS1R, odd * cos_BS1R + even * sin_BS1R], dim=-1)
-    return pairs.flatten(-2).to(x_BSHR.dtype)

@@ -42,8 +42,11 @@ __all__ = [
 ]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of `x`; arXiv 1910.07467, equation 4."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of `x`; arXiv 1910.07467, equation 4.
+
+    weight: None means ones.
+    """
     return implementation("rms_norm", x.device.type)(x, weight, eps)
 
 

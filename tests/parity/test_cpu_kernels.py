@@ -13,8 +13,9 @@ import moe_kernels
 import pytest
 import torch
 from moe_kernels.cpu import library
-from moe_kernels.reference import hyper_connection, window_attention
+from moe_kernels.reference import experts, hyper_connection, swiglu, window_attention
 from torch import Tensor
+from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[2]
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -54,7 +55,8 @@ def outputs_and_gradients(
     smooth = [result for result in results if result.requires_grad]
     upstream = [random(*result.shape, seed=7 + n).to(result.dtype) for n, result in enumerate(smooth)]
     torch.autograd.backward(smooth, upstream)
-    return [*results, *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)]
+    gradients = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [*results, *(grad for grad in gradients if grad is not None)]
 
 
 def same(operation: str, exact: Callable[..., Any], inputs: list[Any]) -> None:
@@ -140,11 +142,98 @@ def test_window_attention_with_one_mask_for_all_rows_and_under_autocast() -> Non
     assert distance(ours, window_attention.window_attention(*inputs)[0].double()) <= TOLERANCE[BF16]
 
 
+def expert_inputs(tokens: int, width: int, inner: int, count: int, top_k: int, dtype: torch.dtype = FP32) -> list[Any]:
+    """The last expert gets no token."""
+    scores = torch.rand(tokens, count - 1, generator=torch.Generator().manual_seed(tokens))
+    gate_up, down = random(count, 2 * inner, width) * width**-0.5, random(count, width, inner) * inner**-0.5
+    chosen, weights = scores.argsort(dim=1)[:, :top_k].contiguous(), random(tokens, top_k).abs()
+    return [random(tokens, width).to(dtype), chosen, weights, gate_up.to(dtype), down.to(dtype)]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape", [(0, 8, 5, 4, 1), (1, 32, 16, 4, 3), (33, 12, 8, 7, 3), (5, 7, 3, 40, 2), (256, 64, 48, 9, 4)], ids=str
+)
+def test_experts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = expert_inputs(*shape, dtype=dtype)
+    same("experts", experts.experts, inputs)
+    assert not outputs_and_gradients(moe_kernels.experts, inputs)[-1][-1].any()
+
+
+def test_experts_with_a_limit_and_views_that_are_not_contiguous() -> None:
+    x, chosen, weights, gate_up, down = expert_inputs(40, 12, 8, 7, 3)
+    turned = gate_up.transpose(0, 1).contiguous().transpose(0, 1)
+    same("experts", experts.experts, [x, chosen, weights.t().contiguous().t(), turned, down, 0.4])
+
+
+def test_an_expert_that_does_not_exist_is_refused() -> None:
+    x, chosen, *others = expert_inputs(3, 4, 4, 4, 2)
+    with pytest.raises(RuntimeError, match="expert 4 does not exist"):
+        moe_kernels.experts(x, chosen + 2, *others)
+
+
+@DTYPES
+@pytest.mark.parametrize("limit", [None, 0.7])
+@pytest.mark.parametrize("shape", [(1, 24), (9, 2, 38), (0, 6), (300, 512)], ids=str)
+def test_swiglu(shape: tuple[int, ...], limit: float | None, dtype: torch.dtype) -> None:
+    same("swiglu", swiglu.swiglu, [random(*shape, dtype=dtype), limit])
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 32), (5, 7, 33), (0, 8), (700, 64), (3, 5)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    exact = lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps)  # noqa: E731
+    same("rms_norm", exact, [random(*shape, dtype=dtype), random(shape[-1]), 1e-6])
+    same("rms_norm", exact, [random(*shape, dtype=dtype), None, 1e-6])
+
+
+def test_rms_norm_of_a_view_that_is_not_contiguous() -> None:
+    exact = lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps)  # noqa: E731
+    same("rms_norm", exact, [random(33, 6).t(), random(33), 1e-5])
+
+
+def angles(rows: int, length: int, channels: int) -> tuple[Tensor, Tensor]:
+    turns = random(rows, length, 1, channels // 2, seed=5) * 3
+    return turns.cos(), turns.sin()
+
+
+@DTYPES
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5, 1, 8, 8), (3, 40, 2, 20, 6), (2, 1, 3, 64, 16), (0, 3, 1, 4, 2)], ids=str)
+def test_rotate(shape: tuple[int, ...], inverse: bool, dtype: torch.dtype) -> None:
+    """A pair of channels is a complex number, and a rotation its product with another."""
+    *outer, channels = shape
+    for rows in {1, outer[0]}:
+        cosine, sine = angles(rows, outer[1], channels)
+
+        def exact(x: Tensor, cosine: Tensor = cosine, sine: Tensor = sine) -> Tensor:
+            turn = torch.complex(cosine.double(), -sine.double() if inverse else sine.double())
+            kept, turned = x.split([x.shape[-1] - channels, channels], dim=-1)
+            pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)).contiguous())
+            return torch.cat([kept, torch.view_as_real(pairs * turn).flatten(-2)], dim=-1)
+
+        ours = outputs_and_gradients(
+            lambda x, c=cosine, s=sine: moe_kernels.rotate(x, c, s, inverse), [random(*outer, dtype=dtype)]
+        )
+        theirs = outputs_and_gradients(exact, [random(*outer, dtype=dtype)], FP64)
+        assert moe_kernels.chosen(torch.device("cpu"))["rotate"] == "cpu"
+        assert max(distance(mine, other) for mine, other in zip(ours, theirs, strict=True)) <= TOLERANCE[dtype]
+
+
+def rotate_inputs() -> list[Any]:
+    return [random(2, 90, 3, 24), *angles(2, 90, 8)]
+
+
 CASES = {
-    "hyper_read": (read_inputs(900, 4, 48), None),
-    "hyper_write": (write_inputs(900, 4, 48), None),
-    "window_attention": (attention_inputs(2, 600, 2, 16, 40, 32), None),
+    "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
+    "hyper_read": read_inputs(900, 4, 48),
+    "hyper_write": write_inputs(900, 4, 48),
+    "rms_norm": [random(900, 48), random(48), 1e-6],
+    "rotate": [*rotate_inputs(), True],
+    "swiglu": [random(900, 48), 0.5],
+    "window_attention": attention_inputs(2, 600, 2, 16, 40, 32),
 }
+FIXED = {"rotate": (1, 2)}  # inputs that have no gradient
 
 
 @pytest.fixture
@@ -159,7 +248,7 @@ def test_the_same_bits_again_and_with_two_threads(operation: str, threads: Calla
     runs = []
     for count in (1, 1, 2):
         threads(count)
-        runs.append(outputs_and_gradients(getattr(moe_kernels, operation), CASES[operation][0]))
+        runs.append(outputs_and_gradients(getattr(moe_kernels, operation), CASES[operation]))
     for first, again, two in zip(*runs, strict=True):
         assert torch.equal(first, again)
         assert torch.equal(first, two)
@@ -167,21 +256,21 @@ def test_the_same_bits_again_and_with_two_threads(operation: str, threads: Calla
 
 @pytest.mark.parametrize("operation", CASES)
 def test_what_torch_library_expects(operation: str) -> None:
-    inputs, arguments = CASES[operation]
-    leaves = [v.clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs]
-    torch.library.opcheck(getattr(torch.ops.moe_kernels_cpu, operation).default, tuple(arguments or leaves))
+    leaves = [
+        value.clone().requires_grad_(place not in FIXED.get(operation, ()))
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for place, value in enumerate(CASES[operation])
+    ]
+    torch.library.opcheck(getattr(torch.ops.moe_kernels_cpu, operation).default, tuple(leaves))
 
 
 @pytest.mark.parametrize("operation", CASES)
 def test_a_compiled_graph_holds_the_operation_whole_and_keeps_its_values(operation: str) -> None:
     call = getattr(moe_kernels, operation)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(
-        outputs_and_gradients(compiled, CASES[operation][0]),
-        outputs_and_gradients(call, CASES[operation][0]),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
+    pairs = zip(*(outputs_and_gradients(each, CASES[operation]) for each in (compiled, call)), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 PROBE = """

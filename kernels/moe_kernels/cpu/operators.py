@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "moe_kernels_cpu"
+FLOATS = (torch.float32, torch.bfloat16)  # element types that the kernels know
 Autograd = tuple[Callable[..., None], Callable[..., Any]]
 
 

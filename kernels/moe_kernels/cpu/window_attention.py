@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.cpu.operators import all_are, operator
+from moe_kernels.cpu.operators import FLOATS, all_are, operator
 from moe_kernels.reference import window_attention as reference
 from moe_kernels.reference.experts import in_autocast_dtype
 from moe_kernels.reference.window_attention import cached_window_attention
@@ -24,7 +24,7 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S, H, D], probability of each entry summed over heads [B, S, T], detached)."""
     q, kv, entries = in_autocast_dtype(q_BSHD, kv_BSD, entries_BTD)
-    if q.dtype not in (torch.float32, torch.bfloat16) or not all_are(q.dtype, kv, entries):
+    if q.dtype not in FLOATS or not all_are(q.dtype, kv, entries):
         return reference.window_attention(q_BSHD, kv_BSD, entries_BTD, sinks_H, window_BSK, visible_BST)
     tensors = (q, kv, entries, sinks_H.float(), window_BSK, visible_BST)
     return torch.ops.moe_kernels_cpu.window_attention(*(tensor.contiguous() for tensor in tensors))[:2]

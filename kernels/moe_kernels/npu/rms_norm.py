@@ -8,6 +8,7 @@ from torch import Tensor
 NEEDS = {"npu_rms_norm": ("gamma", "epsilon")}
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis."""
-    return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
+    factors = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)
+    return torch.ops.npu.npu_rms_norm(x, factors, eps)[0]

@@ -6,6 +6,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis; a weight of None is one of ones."""
+    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).to(x.dtype)

@@ -1,0 +1,43 @@
+// One row of the gated activation; see reference/swiglu.py.
+#pragma once
+
+#include <limits>
+
+#include "vector.h"
+
+namespace {
+
+constexpr float UNLIMITED = std::numeric_limits<float>::infinity();
+
+inline float limit_of(const std::optional<double>& limit) { return limit ? float(*limit) : UNLIMITED; }
+
+inline V cut(V x, float low, float high) { return x > high ? splat(high) : (x < low ? splat(low) : x); }
+
+// out = scale silu(gate) up, the gate cut above the limit and up on both sides.
+inline void swiglu_row(const float* gate, const float* up, int64_t width, float limit, float scale, float* out) {
+  along(width, [&](int64_t at, auto get, auto put) {
+    const V g = cut(get(gate + at), -UNLIMITED, limit), u = cut(get(up + at), -limit, limit);
+    put(out + at, scale * g * sigmoid(g) * u);
+  });
+}
+
+// From grad, of the output without the scale's part in it: d_gate, d_up, and the sum of grad silu(gate) up.
+// A value that was cut has no gradient; one exactly at the limit has, or not where `strict`.
+template <bool strict>
+inline float swiglu_row_backward(const float* gate, const float* up, const float* grad, int64_t width, float limit,
+                                 float scale, float* d_gate, float* d_up) {
+  V total{};
+  along(width, [&](int64_t at, auto get, auto put) {
+    const V raw_g = get(gate + at), raw_u = get(up + at), d = get(grad + at);
+    const V g = cut(raw_g, -UNLIMITED, limit), u = cut(raw_u, -limit, limit), s = sigmoid(g), silu = g * s;
+    total += d * silu * u;
+    const V to_gate = scale * d * u * (s + silu * (1.0f - s)), to_up = scale * d * silu;
+    const V zero{};
+    put(d_gate + at, (strict ? raw_g >= limit : raw_g > limit) ? zero : to_gate);
+    put(d_up + at, (strict ? raw_u >= limit : raw_u > limit) ? zero
+                   : (strict ? raw_u <= -limit : raw_u < -limit) ? zero : to_up);
+  });
+  return sum(total);
+}
+
+}  // namespace
