@@ -4,6 +4,9 @@ BIN := .venv/bin
 LOG := .venv/install.log
 NPU := .venv-npu/bin
 EMULATOR := $(if $(wildcard /dev/davinci0),,$(CURDIR)/.venv-npu/fakecann)
+BUILD_EMULATOR = $(if $(EMULATOR),$(NPU)/python kernels/fakecann/build.py $(EMULATOR))
+WITH_NPU = $(if $(EMULATOR),LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH) PATH=$(CURDIR)/$(NPU):$$PATH
+ON_NPU = $(if $(filter npu,$(DEVICE)),$(WITH_NPU))
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
@@ -15,15 +18,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/installed-core ## raw text to a promoted model, in one go (about 10 minutes)
-	@shovel demo
+demo: $(if $(ON_NPU),.venv-npu/installed,.venv/installed-core) ## raw text to a promoted model in one go, about 10 minutes; DEVICE=npu: on Ascend
+	@$(if $(ON_NPU),$(BUILD_EMULATOR))
+	@$(ON_NPU) python -m pipelines.cli demo
 
 test: .venv/installed-dev ## the whole test suite
-	@ruff check --quiet . && ruff format --check --quiet . && python -m pytest
+	@ruff check --quiet . && ruff format --check --quiet . \
+	  && OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-npu: .venv-npu/installed ## tests through torch_npu: on Ascend cards where there are some, else emulated on the CPU
-	@$(if $(EMULATOR),$(NPU)/python kernels/fakecann/build.py $(EMULATOR))
-	@$(if $(EMULATOR),LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH) $(NPU)/python -m pytest tests/npu
+	@$(BUILD_EMULATOR)
+	@$(WITH_NPU) python -m pytest tests/npu
 
 lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 	@jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks
@@ -31,7 +36,7 @@ lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui
 
-serve: .venv/installed-core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
+serve: .venv/installed-serve ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
 	@shovel serve
 
 # Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
@@ -57,6 +62,10 @@ endef
 
 .venv/installed-dev: .venv/installed-core
 	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
+	@touch $@
+
+.venv/installed-serve: .venv/installed-core
+	$(call install,the endpoint,-c constraints.txt -e .[serve])
 	@touch $@
 
 # torch_npu has an environment of its own, which sees all of .venv: in .venv `import torch` would fail without CANN.

@@ -228,6 +228,7 @@ class ModelConfig:
         for name in ("sliding_window", "o_lora_rank", "index_n_heads", "index_head_dim", "index_topk", "hc_mult"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.hc_sinkhorn_iters >= 1, f"hc_sinkhorn_iters is {self.hc_sinkhorn_iters}; it must be at least 1")
+        _require(self.n_shared_experts == 1, f"n_shared_experts is {self.n_shared_experts}; DeepSeek-V4 has one")
         _require(self.q_lora_rank is not None, "q_lora_rank is None; DeepSeek-V4 needs a number")
         _require(
             self.o_groups >= 1 and self.num_attention_heads % self.o_groups == 0,

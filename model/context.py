@@ -5,6 +5,7 @@ Shapes: B batch, S tokens a row, T blocks of `rate` tokens, R rotary channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -56,7 +57,8 @@ class Context:
         self.statistics: dict[str, list[Tensor]] = {}
         self._made: dict[object, object] = {}
         length, device = input_ids.shape[1], input_ids.device
-        self.real_BS: Tensor | None = None
+        self.real_BS: Tensor | None = None  # what counts in loads and losses; None: everything
+        self.one_document = document_ids is None  # a row
         steps_S = torch.arange(length, device=device)
         if cache is not None:
             self.positions_BS = cache.lengths_B[:, None] + steps_S
@@ -71,6 +73,13 @@ class Context:
             self.positions_BS = steps_S - torch.where(new_BS, steps_S, 0).cummax(dim=1).values
             self.real_BS = document_ids >= 0
         self.first_BS = steps_S - self.positions_BS  # index of the first token of each token's document
+
+    def ahead(self) -> Context:
+        """The same tokens for a block that needs the next one: the last of each document does not count."""
+        inner_BS = F.pad(self.first_BS[:, 1:] == self.first_BS[:, :-1], (0, 1))
+        other = copy.copy(self)
+        other.real_BS = inner_BS if self.real_BS is None else inner_BS & self.real_BS
+        return other
 
     def note(self, name: str, value: Tensor) -> None:
         """Keep a layer's figure; the forward pass stacks those of one name."""
@@ -117,7 +126,7 @@ class Context:
         return Blocks(first_BT, self.positions_BS.gather(1, first_BT), visible_BST)
 
     def _causal_mask(self) -> Tensor | None:
-        if self.real_BS is None:
+        if self.one_document:
             return None
         index_S = torch.arange(self.first_BS.shape[1], device=self.first_BS.device)
         allowed = (index_S <= index_S[:, None]) & (self.first_BS[:, None] <= index_S) & self._same_document()
@@ -131,6 +140,6 @@ class Context:
         query_S = torch.arange(length, device=self.first_BS.device)
         key_SK = (query_S // window * window - window)[:, None] + torch.arange(2 * window, device=query_S.device)
         near_SK = (key_SK <= query_S[:, None]) & (key_SK > query_S[:, None] - window) & (key_SK >= 0)
-        if self.real_BS is None:
+        if self.one_document:
             return near_SK[None]
         return near_SK & (key_SK >= self.first_BS[:, :, None])

@@ -133,9 +133,10 @@ class MixtureOfExperts(nn.Module):
         chosen_TE = torch.zeros_like(scores_TE).scatter_(1, indices_TK, 1.0)
         share_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
         if context.real_BS is not None:
-            chosen_TE = chosen_TE * context.real_BS.reshape(-1, 1)
+            chosen_TE, share_TE = (x * context.real_BS.reshape(-1, 1) for x in (chosen_TE, share_TE))
         context.note("expert_load", chosen_TE.sum(dim=0).to(torch.int64))
-        context.note("router_entropy", torch.special.entr(share_TE.detach()).sum(dim=-1).mean())
+        entropy_T = torch.special.entr(share_TE.detach()).sum(dim=-1)
+        context.note("router_entropy", entropy_T.sum() / _tokens(context))
         if self.training and not isinstance(self.gate, HashRouter):
             context.note("balance_loss", balance_loss(chosen_TE, share_TE, context))
 
@@ -144,16 +145,19 @@ def balance_loss(chosen_TE: Tensor, share_TE: Tensor, context: Context) -> Tenso
     """Sequence-wise balance (V3, equations 17 to 20): sum over experts of f_e P_e, of each document; mean over tokens.
 
     f_e = E / (K n) times the tokens of the document that chose e, P_e = mean share of e's affinity among all; 1 when
-    every expert is taken alike. Sums inside documents are differences of running sums, so shapes depend on no data.
+    every expert is taken alike. Rows of tokens that do not count are zero. Sums inside documents are differences of
+    running sums, so that shapes depend on no data.
     """
     rows, length = context.positions_BS.shape
-    sums = [F.pad(x.view(rows, length, -1).cumsum(dim=1), (0, 0, 1, 0)) for x in (chosen_TE, share_TE)]
-    last_BS = F.pad(context.first_BS[:, 1:] != context.first_BS[:, :-1], (0, 1), value=True)
+    real_TX = share_TE.new_ones(rows * length, 1) if context.real_BS is None else context.real_BS.reshape(-1, 1)
+    sums = [F.pad(x.view(rows, length, -1).cumsum(dim=1), (0, 0, 1, 0)) for x in (chosen_TE, share_TE, real_TX)]
     start_BS1 = context.first_BS.unsqueeze(-1)
-    chosen_BSE, share_BSE = (s[:, 1:] - s.gather(1, start_BS1.expand(-1, -1, s.shape[-1])) for s in sums)
-    tokens_BS = context.positions_BS + 1
-    real_BS = last_BS if context.real_BS is None else last_BS & context.real_BS
-    loss_BS = (chosen_BSE * share_BSE).sum(dim=-1) / tokens_BS  # n f P, up to the constant E / K
-    each = chosen_TE.shape[-1] / context.config.num_experts_per_tok
-    total = rows * length if context.real_BS is None else context.real_BS.sum().clamp(min=1)
-    return each * (loss_BS * real_BS).sum() / total
+    chosen_BSE, share_BSE, n_BS1 = (s[:, 1:] - s.gather(1, start_BS1.expand(-1, -1, s.shape[-1])) for s in sums)
+    last_BS = F.pad(context.first_BS[:, 1:] != context.first_BS[:, :-1], (0, 1), value=True)
+    loss_BS = (chosen_BSE * share_BSE).sum(dim=-1) / n_BS1.squeeze(-1).clamp(min=1)  # n f P, but for E / K
+    return chosen_TE.shape[-1] / context.config.num_experts_per_tok * (loss_BS * last_BS).sum() / _tokens(context)
+
+
+def _tokens(context: Context) -> Tensor | int:
+    """How many tokens count."""
+    return context.positions_BS.numel() if context.real_BS is None else context.real_BS.sum().clamp(min=1)

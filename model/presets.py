@@ -42,8 +42,8 @@ V4_FLASH: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
+        "moe_intermediate_size": 96,
+        "num_experts_per_tok": 4,
         "layer_types": [WINDOW, SPARSE, HEAVY, SPARSE, HEAVY, WINDOW],
         "mlp_layer_types": ["hash_moe"] + ["moe"] * 5,
         "compress_rates": {SPARSE: 4, HEAVY: 32},
@@ -51,7 +51,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "num_nextn_predict_layers": 1,
     },
-    "demo-v3": {"model_type": "deepseek_v3"},
+    "demo-v3": {
+        "model_type": "deepseek_v3",
+        "moe_intermediate_size": 96,
+        "num_experts_per_tok": 4,
+        "num_nextn_predict_layers": 1,
+    },
     "v3-671b": {
         "model_type": "deepseek_v3",
         "vocab_size": 129280,

@@ -94,7 +94,7 @@ def train(
     for step in range(len(history), config.steps):
         start = time.perf_counter()
         data = batch(rows, *config.rows(step))
-        record = _step(net, optimizer, data, step, config, device)
+        record = take_step(net, optimizer, data, step, config, device)
         if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
             raise DivergedError(step, data.documents, store.latest_path())
         record |= {"tokens": data.input_ids.numel()}
@@ -106,7 +106,7 @@ def train(
     return history
 
 
-def _step(
+def take_step(
     net: MoETransformer,
     optimizer: torch.optim.Optimizer,
     data: Batch,

@@ -92,7 +92,7 @@ class MoETransformer(nn.Module):
         logits_BSV = F.linear(hidden_BSD, self.lm_head.weight).float() if with_logits else None
         foretold = None
         if with_mtp and self.config.num_nextn_predict_layers:
-            foretold = self.mtp[0].foretell(x, embedded_BSD.roll(-1, dims=1), context)
+            foretold = self.mtp[0].foretell(x, embedded_BSD.roll(-1, dims=1), context.ahead())
         statistics = {name: torch.stack(values) for name, values in context.statistics.items()}
         if "expert_load" not in statistics:
             statistics["expert_load"] = input_ids.new_zeros(0, self.config.n_routed_experts)

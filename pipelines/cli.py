@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a mistake that the sentence on the terminal tells how to m
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Raw text to a reviewed mixture-of-experts model.")
 PARAMS, SOURCES, PRESETS = Path("params.yaml"), Path("data/sources.yaml"), Path(__file__).parent / "presets"
-REPORTS, CLEAN, RELEASE = Path("reports"), Path("data/clean"), Path("data/models/release")
+REPORTS, RELEASE = Path("reports"), Path("data/models/release")
 
 
 def main() -> None:
@@ -106,10 +107,10 @@ def link() -> None:
 @app.command()
 def accept() -> None:
     """Make the present data the reference that later data is compared with (reports/profile.json, for git)."""
-    from pipelines.contracts import ACCEPTED
+    from pipelines.contracts import ACCEPTED, CHAT, CLEAN
     from pipelines.contracts import accept as accept_profile
 
-    sources = accept_profile(CLEAN, ACCEPTED)
+    sources = accept_profile(CLEAN, CHAT, ACCEPTED)
     typer.echo(f"{ACCEPTED} now describes {', '.join(sources)}; commit it")
 
 
@@ -201,7 +202,11 @@ def serve(port: int = 8000) -> None:
     _require_free(port)
     folder = champion_folder(load_params(PARAMS).register_, RELEASE)
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
-    typer.echo(f"serving {folder} at http://127.0.0.1:{port}/v1/chat/completions  (Ctrl-C ends it)")
+    body = json.dumps({"model": str(folder), "messages": [{"role": "user", "content": "What is AI?"}]})
+    typer.echo(
+        f"serving {folder} at http://127.0.0.1:{port}/v1 (Ctrl-C ends it); when it runs, ask in another terminal:\n"
+        f"  curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     os.execvpe(command[0], [*command, "--host", "127.0.0.1", "--port", str(port)], environment)
 
@@ -213,11 +218,9 @@ def _dvc() -> list[str]:
 def _repro(stages: list[str]) -> None:
     """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
     start = time.monotonic()
-    code = _wait(subprocess.Popen([*_dvc(), "repro", "--quiet", *stages]))
+    code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
     if code:
-        typer.echo(
-            f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what the line above names", err=True
-        )
+        typer.echo(f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what is named above", err=True)
         raise typer.Exit(2 if code == 255 else abs(code))
     typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
 

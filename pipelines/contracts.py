@@ -60,7 +60,7 @@ def contracts(
     with stage.progress("contracts", 4) as advance:
         table, talk = documents(clean, DOCUMENTS.names), dialogues(chat, DIALOGUES.names)
         profile = stage.read_json(clean / "profile.json", made_by="clean")
-        figures = by_source(table, profile)
+        figures = by_source(table, talk, profile)
         advance()
         drift = drift_table(figures, accepted)
         suites = {
@@ -84,10 +84,10 @@ def contracts(
     return result
 
 
-def accept(clean: Path, accepted: Path) -> dict[str, Any]:
+def accept(clean: Path, chat: Path, accepted: Path) -> dict[str, Any]:
     """Make the present figures the ones that later data is compared with; git keeps the file."""
-    table = documents(clean, DOCUMENTS.names)
-    figures = by_source(table, stage.read_json(clean / "profile.json", made_by="clean"))
+    table, talk = documents(clean, DOCUMENTS.names), dialogues(chat, DIALOGUES.names)
+    figures = by_source(table, talk, stage.read_json(clean / "profile.json", made_by="clean"))
     content = {
         row["source"]: {name: row[name] for name in DRIFTING} for row in figures.to_dict("records") if row["kept"]
     }
@@ -95,13 +95,15 @@ def accept(clean: Path, accepted: Path) -> dict[str, Any]:
     return content
 
 
-def by_source(table: pd.DataFrame, profile: dict[str, Any]) -> pd.DataFrame:
-    """One row a source: counts, rates and lengths that contracts and drift are about."""
+def by_source(table: pd.DataFrame, talk: pd.DataFrame, profile: dict[str, Any]) -> pd.DataFrame:
+    """One row a source of documents or dialogues: counts, rates and lengths that contracts and drift are about."""
     training_runs = _all_runs(table["text"][table["split"] == "train"])
+    spoken = talk["messages"].map(lambda turns: "\n".join(turn["content"] for turn in turns))
+    everything = pd.concat([table, talk.assign(text=spoken)])
     rows = []
     for name, entry in profile["sources"].items():
-        mine = table[table["source"] == name]
-        held = mine["text"][mine["split"] == "heldout"]
+        mine = everything[everything["source"] == name]
+        held = mine["text"][mine["split"] == "heldout"] if entry["use"] != "chat" else []
         dropped = entry["dropped"]
         raw, kept = max(entry["raw_documents"], 1), max(entry["kept"], 1)
         rows.append(
@@ -112,7 +114,7 @@ def by_source(table: pd.DataFrame, profile: dict[str, Any]) -> pd.DataFrame:
                 "kept": entry["kept"],
                 "megabytes": entry["bytes"] / 1e6,
                 "bytes_per_document": entry["bytes"] / kept,
-                "languages": int(mine["language"].nunique()) or 1,
+                "languages": int(mine["language"].nunique()),
                 "kept_rate": entry["kept"] / raw,
                 "duplicate_rate": (dropped.get("exact_duplicate", 0) + dropped.get("copy_of_eval", 0)) / raw,
                 "copies_of_eval": dropped.get("copy_of_eval", 0),
@@ -366,7 +368,9 @@ def _finding(suite: str, result: Any) -> Finding:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, (int, float)):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def _sentence(broken: list[Finding], page: Path) -> str:

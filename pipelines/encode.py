@@ -132,12 +132,14 @@ def _write_split(
     dtype = _dtype(params.vocab_size)
     shards: list[dict[str, Any]] = []
     for number, names, pieces in _shards(table, encoder, (params.shard_mib << 20) // dtype.itemsize, advance):
-        ids = np.concatenate(pieces).astype(dtype)
+        ids = np.concatenate(pieces).astype(dtype).tobytes()
         file = folder / f"{split}-{number:05d}.bin"
-        ids.tofile(file)
+        file.write_bytes(ids)
         offsets = np.cumsum([0, *map(len, pieces)]).tolist()
-        digest = hashlib.sha256(ids.tobytes()).hexdigest()
-        shards.append({"file": file.name, "sha256": digest, "tokens": len(ids), "offsets": offsets, "documents": names})
+        digest = hashlib.sha256(ids).hexdigest()
+        shards.append(
+            {"file": file.name, "sha256": digest, "tokens": offsets[-1], "offsets": offsets, "documents": names}
+        )
     tokens = sum(shard["tokens"] for shard in shards)
     return {"tokens": tokens, "bytes": int(table["bytes"].sum()), "documents": len(table), "shards": shards}
 

@@ -52,14 +52,9 @@ def run_ids(reports: Path) -> dict[str, str]:
 def link(reports: Path) -> dict[str, int]:
     """Deliver what is pending, end dead runs, tag every run with commit, output hashes and dvc.lock's hash."""
     client = tracking.connect()
-    renamed = tracking.sync_pending(client)
-    for file in sorted((reports / "runs").glob("*.json")):
-        content = stage.read_json(file, made_by=file.stem)
-        if content["run_id"] in renamed:
-            run_id = renamed[content["run_id"]]
-            stage.write_json(file, {"experiment_id": client.get_run(run_id).info.experiment_id, "run_id": run_id})
+    delivered = tracking.sync_pending(client)
     linked = sum(_link_one(client, label, run_id) for label, run_id in run_ids(reports).items())
-    return {"linked": linked, "delivered": len(renamed), "reaped": tracking.reap(client)}
+    return {"linked": linked, "delivered": delivered, "reaped": tracking.reap(client)}
 
 
 def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:
@@ -73,7 +68,7 @@ def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:
         wanted = {"dvc.restored_into": wanted["git.commit"]}
     for key, value in wanted.items():
         if tags.get(key) != value:
-            client.set_tag(run_id, key, value)
+            client.set_tag(run.info.run_id, key, value)
     return True
 
 
@@ -81,7 +76,7 @@ def _tags(label: str) -> dict[str, str]:
     """What the lock file says of the stage `label` (`evaluate-base` there is `evaluate@base`)."""
     lock = Path("dvc.lock")
     entry = repository.stages().get(label) or repository.stages().get(label.replace("-", "@", 1)) or {}
-    tags = {f"dvc.out.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
+    tags = {f"dvc.{kind}.{item['path']}": item["md5"] for kind in ("dep", "out") for item in entry.get(f"{kind}s", [])}
     if lock.exists():
         tags["dvc.lock.sha256"] = hashlib.sha256(lock.read_bytes()).hexdigest()
     dirty = bool(repository.uncommitted())

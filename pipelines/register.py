@@ -9,9 +9,9 @@ every gate holds and leaves a release record in reports/releases; `rollback` tak
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,8 @@ class Gate:
 def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     """The version whose digest is that of the folder `release`, made when there is none yet; alias `challenger`.
 
-    Raises `UserError` inside a DVC experiment: a sweep must not fill the registry.
+    Raises `UserError` inside a DVC experiment (a sweep must not fill the registry), and when the reports beside a new
+    version would not be about it.
     """
     if os.environ.get("DVC_EXP_NAME"):
         raise UserError("experiments register nothing; apply the best one (`dvc exp apply`), commit, then register.")
@@ -172,26 +173,24 @@ def _create(
     client: MlflowClient, params: Register, release: Path, reports: Path, digests: dict[str, str]
 ) -> ModelVersion:
     chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
+    if stale := repository.stale_stages():
+        raise UserError(
+            f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
+        )
     facts = lineage.facts(reports)
     digest = folder_digest(digests)
     tags = {
         "digest": digest,
+        "bits_per_byte": repr(chat["bits_per_byte"]),
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
-        "bits_per_byte": repr(chat["bits_per_byte"]),
-        "device": facts["device"],
-        **{f"digest.{name}": value for name, value in digests.items()},
-        **{f"dvc.out.{path}": md5 for path, md5 in facts["dvc"].items() if path.startswith("data/")},
-        **{f"run.{label}": run_id for label, run_id in facts["runs"].items()},
-        **{f"seed.{name}": str(seed) for name, seed in facts["seeds"].items()},
-        **{f"version.{name}": number for name, number in facts["packages"].items()},
-        **{f"source.{source['name']}": f"{source['version']} {source['sha256']}" for source in facts["sources"]},
+        "lineage": json.dumps(facts | {"digests": digests}, ensure_ascii=False),
     }
-    export = tracking.find_run(client, facts["runs"].get("export"))
+    review = tracking.find_run(client, facts["runs"].get("review"))
     return client.create_model_version(
         params.name,
         source=_source(release, digest),
-        run_id=export.info.run_id if export else None,
+        run_id=review.info.run_id if review else None,
         tags=tags,
         description=_description(chat, digest),
     )
@@ -207,8 +206,7 @@ def _description(chat: dict[str, Any], digest: str) -> str:
     return (
         f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
         f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. "
-        f"Digest {digest[:12]}. The review page, review.html, "
-        f"is an artifact of the run `review`."
+        f"Digest {digest[:12]}. The review page is an artifact of the source run."
     )
 
 
@@ -260,22 +258,9 @@ def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: 
         "at": now.isoformat(timespec="seconds"),
         "by": f"{repository.git('config', 'user.name')} <{repository.git('config', 'user.email')}>",
         "digest": chosen.tags.get("digest"),
-        "digests": _below("digest.", chosen.tags),
         "bits_per_byte": bits_of(chosen),
-        "lineage": {
-            "git": {"commit": chosen.tags.get("git.commit"), "dirty": chosen.tags.get("git.dirty")},
-            "dvc": _below("dvc.out.", chosen.tags),
-            "runs": _below("run.", chosen.tags),
-            "versions": _below("version.", chosen.tags),
-            "sources": _below("source.", chosen.tags),
-            "seeds": _below("seed.", chosen.tags),
-            "device": chosen.tags.get("device"),
-        },
+        "lineage": json.loads(chosen.tags.get("lineage", "{}")),
     }
-
-
-def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
-    return {key.removeprefix(prefix): value for key, value in sorted(tags.items()) if key.startswith(prefix)}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +38,6 @@ def _git(*arguments: str) -> bytes:
     return done.stdout if done.returncode == 0 else b""
 
 
-def committed(path: Path) -> bytes | None:
-    """Content of a file in the commit that is checked out, None when it is not there."""
-    name = os.path.relpath(path)
-    return _git("show", f"HEAD:./{name}") if git("ls-tree", "--name-only", "HEAD", "--", name) else None
-
-
 def commit() -> str:
     """The commit that is checked out, or the empty string."""
     return git("rev-parse", "HEAD")
@@ -48,7 +45,9 @@ def commit() -> str:
 
 def uncommitted() -> list[str]:
     """Paths that differ from the commit, new files included."""
-    entries = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z").split("\0")
+    entries = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=all", "--no-renames", "-z").split(
+        "\0"
+    )
     return [entry[3:] for entry in entries if entry]
 
 
@@ -76,15 +75,54 @@ def output_hashes() -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages().values() for out in stage.get("outs", []) if "md5" in out}
 
 
+def check_out(md5: str, path: Path, target: Path) -> None:
+    """Make `target` the output `path` as dvc.lock names it by `md5`, from DVC's cache or from the commit.
+
+    Raises `FileNotFoundError` when neither has it.
+    """
+    from dvc.config import Config  # half a second of import
+
+    cache = Path(Config(str(root() / ".dvc"))["cache"].get("dir") or root() / ".dvc" / "cache") / "files" / "md5"
+    cached = cache / md5[:2] / md5[2:]
+    if md5.endswith(".dir"):
+        target.mkdir()
+        for entry in json.loads(cached.read_text(encoding="utf-8")):
+            _link(cache / entry["md5"][:2] / entry["md5"][2:], target / entry["relpath"])
+    elif cached.exists():
+        shutil.copyfile(cached, target)
+    else:
+        content = _git("show", f"HEAD:./{path.as_posix()}")
+        if _md5(content) != md5:
+            raise FileNotFoundError(errno.ENOENT, "neither DVC's cache nor the commit holds it", str(path))
+        target.write_bytes(content)
+
+
+def _link(cached: Path, target: Path) -> None:
+    """A hard link as DVC makes them, a copy across file systems."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(cached)
+    except OSError:
+        shutil.copyfile(cached, target)
+
+
 def dependency_hashes(stage: str) -> dict[str, str]:
-    """md5 of those inputs of a stage (`evaluate@base`) that other stages made, by path."""
+    """md5 of the inputs of a stage (`evaluate@base`) by path, before it runs: what other stages made, and files.
+
+    Folders of code are left out: the commit names them, and `shovel link` adds what DVC found.
+    """
     name, _, variant = stage.partition("@")
     declared = (_yaml(Path("dvc.yaml")) or {}).get("stages", {}).get(name, {})
     hashes = output_hashes()
     paths = declared.get("deps", [])
     for key in declared.get("matrix", {}):
         paths = [path.replace(f"${{item.{key}}}", variant) for path in paths]
-    return {path: hashes[path] for path in paths if path in hashes}
+    files = {path: _md5(Path(path).read_bytes()) for path in paths if path not in hashes and Path(path).is_file()}
+    return files | {path: hashes[path] for path in paths if path in hashes}
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _yaml(path: Path) -> Any:

@@ -169,6 +169,7 @@ def _load(load: dict[str, list[float]]) -> Figure:
     image = axes.imshow(shares * shares.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     axes.set_yticks(range(len(load)), [name.replace("_", " ") for name in load])
     axes.set_xlabel("expert")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, label="times an equal share")
     return figure
 

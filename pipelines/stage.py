@@ -12,7 +12,6 @@ mistake that the message tells how to mend, 130 interrupted, 1 a defect of ours 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,10 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipelines import repository, tracking
 from pipelines.params import Params, UserError, load_params
 
-if TYPE_CHECKING:
-    from dvc.repo import Repo
-
 REPORTS = Path("reports")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOM = 32 << 20  # bytes on the disk that a stage leaves to DVC and MLflow, which take a full disk badly
 console = Console(stderr=True, highlight=False)
 
@@ -97,9 +94,9 @@ def require_room() -> None:
 def _disk_is_full(error: BaseException | None) -> bool:
     """Also where a library wrapped the system's error, or kept only its text."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(words in str(error) for words in ("No space left on device", "database or disk is full")):
+        if any(words in str(error) for words in (*map(os.strerror, FULL), "database or disk is full")):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -108,32 +105,18 @@ def _disk_is_full(error: BaseException | None) -> bool:
 def restore_outputs() -> None:
     """Bring back the last outputs of the running DVC stage: DVC deletes them before it starts a command.
 
-    Outside of `dvc repro` nothing was deleted, and nothing is done. What git keeps (`cache: false`) comes from DVC's
-    run-cache, or from the commit when its content is the one that dvc.lock names.
+    Outside of `dvc repro` nothing was deleted, and nothing is done. Files come from DVC's cache as links, which a full
+    disk still takes; what git keeps (`cache: false`) is in the cache for DVC's run-cache, or else in the commit.
     """
     address = os.environ.get("DVC_STAGE")
-    if not address:
-        return
-    from dvc.repo import Repo  # a second of import, needed on failure only
-
-    with Repo() as repo:
-        for output in repo.stage.load_one(name=address).outs:
-            try:
-                if output.hash_info and output.use_cache:
-                    output.checkout(force=True)
-                elif output.hash_info:
-                    _restore_small(Path(output.fs_path), output.hash_info.value, repo)
-            except Exception as error:  # noqa: BLE001  one that cannot come back must not cost the others
-                print(f"{output}: the previous content could not be restored ({error})", file=sys.stderr)
-
-
-def _restore_small(path: Path, md5: str, repo: Repo) -> None:
-    cached = Path(repo.cache.local.oid_to_path(md5))
-    content = cached.read_bytes() if cached.exists() else repository.committed(path)
-    if content is None or hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise UserError("neither DVC's cache nor the commit holds it; `dvc repro` makes it again")
-    with replacing(path) as fresh:
-        fresh.write_bytes(content)
+    outputs = repository.stages().get(address, {}).get("outs", []) if address else []
+    for output in outputs:
+        path, md5 = Path(output["path"]), output["md5"]
+        try:
+            with replacing(path) as fresh:
+                repository.check_out(md5, path, fresh)
+        except OSError as error:
+            print(f"{path}: the previous content could not be restored ({error.strerror})", file=sys.stderr)
 
 
 @contextmanager

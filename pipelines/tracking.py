@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
+PENDING = "pending-"  # begins the id of a run that no server knows yet
 NOTE = """**One run a pipeline, its stages nested below it.** Open a `pretrain` run for loss curves (*Model metrics*), a
 `review` run for the page on which to decide (*Artifacts*, review.html). Models: the *Models* tab; `champion` is live,
 `challenger` waits for `shovel promote`."""
@@ -216,7 +217,7 @@ def _start(label: str, section: BaseModel | None) -> Run:
         run = Run(client.create_run(experiment, tags=tags, run_name=label).info.run_id, experiment, client)
     except Exception as error:  # noqa: BLE001  a server that is down must not stop the pipeline
         _warn(error)
-        run = Run(f"pending-{uuid.uuid4().hex}", "", None)
+        run = Run(f"{PENDING}{uuid.uuid4().hex}", "", None)
         run._send({"create": label, "tags": tags, "start": int(time.time() * 1000)})
     run._send({"params": params})
     return run
@@ -335,32 +336,34 @@ def _pending(run_id: str) -> Path:
     return folder / f"{run_id}.jsonl"
 
 
-def sync_pending(client: MlflowClient) -> dict[str, str]:
-    """Deliver what servers have missed; returns {provisional run id: real one} of runs that had to be made.
+def sync_pending(client: MlflowClient) -> int:
+    """Deliver what servers have missed; returns how many runs that concerns.
 
-    May be repeated after an outage in its midst: a run is made once, and points that are there already stay single.
+    May be repeated after an outage in its midst: a run is made once, and points that are there already stay single. A
+    run that had to be made keeps the id by which reports/runs knows it as the tag `provisional_id`.
     """
-    made = {}
-    for file in sorted((home() / "pending").glob("*.jsonl")):
+    files = sorted((home() / "pending").glob("*.jsonl"))
+    for file in files:
         messages = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        run_id = file.stem
-        if "create" in messages[0]:
-            made[run_id] = run_id = _create_late(client, run_id, messages.pop(0))
+        run_id = _create_late(client, file.stem, messages.pop(0)) if "create" in messages[0] else file.stem
         for message in messages:
             if "artifact" not in message or Path(message["artifact"]).exists():
                 _deliver(client, run_id, message)
         file.unlink()
-    return made
+    return len(files)
 
 
 def _create_late(client: MlflowClient, provisional: str, message: dict[str, Any]) -> str:
-    experiment = experiment_id(client)
-    found = client.search_runs([experiment], f"tags.pending = '{provisional}'", max_results=1)
-    if found:
-        return found[0].info.run_id
-    tags = message["tags"] | {"pending": provisional}
-    run = client.create_run(experiment, run_name=message["create"], tags=tags, start_time=message["start"])
+    if found := _by_provisional_id(client, provisional):
+        return found.info.run_id
+    tags = message["tags"] | {"provisional_id": provisional}
+    run = client.create_run(experiment_id(client), run_name=message["create"], tags=tags, start_time=message["start"])
     return run.info.run_id
+
+
+def _by_provisional_id(client: MlflowClient, provisional: str) -> MlflowRun | None:
+    found = client.search_runs([experiment_id(client)], f"tags.provisional_id = '{provisional}'", max_results=1)
+    return found[0] if found else None
 
 
 def _warn(error: Exception) -> None:
@@ -409,6 +412,8 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
     """The run, None when this server does not know it (it was made with another one)."""
     from mlflow.exceptions import MlflowException
 
+    if run_id and run_id.startswith(PENDING):
+        return _by_provisional_id(client, run_id)
     try:
         return client.get_run(run_id) if run_id else None
     except MlflowException:

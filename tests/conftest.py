@@ -1,13 +1,17 @@
 """One thread and no model hub for every test; small projects and the default corpus as fixtures."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -46,7 +50,23 @@ class Project:
     """A copy of this repository in its own git repository, with little text and a tiny model."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.model = folder, MODEL
+
+    @classmethod
+    def create(cls, folder: Path) -> "Project":
+        """A new one, committed, with nothing run yet."""
+        project = cls(folder)
+        project._write_files()
+        project._write_text()
+        project.set_params(**SMALL)
+        project.set_params(pretrain={"model": MODEL})
+        project.run("git", "init", "-q")
+        project.run("dvc", "config", "--local", "core.analytics", "false")
+        project.commit("start")
+        return project
+
+    def _write_files(self) -> None:
+        folder = self.folder
         files = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -57,12 +77,24 @@ class Project:
         (folder / "reports").mkdir()
         for name in (".gitignore", "profile.json"):
             (folder / "reports" / name).write_bytes((ROOT / "reports" / name).read_bytes())
-        self._write_text()
-        self.set_params(**SMALL)
-        self.set_params(pretrain={"model": MODEL})
-        self.run("git", "init", "-q")
-        self.run("dvc", "config", "--local", "core.analytics", "false")
-        self.commit("start")
+
+    def copy(self, folder: Path) -> "Project":
+        """The same state elsewhere, its runs and its release included."""
+        return Project(Path(shutil.copytree(self.folder, folder, symlinks=True)))
+
+    def digests(self, *folders: str) -> dict[str, str]:
+        """sha256 of every file below the folders, by path."""
+        files = (path for folder in folders for path in sorted((self.folder / folder).rglob("*")) if path.is_file())
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A command in a process group of its own, as a terminal starts it, output in one pipe."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=self.folder, env=self.environment(**environment),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
 
     def _write_text(self) -> None:
         own = self.folder / "data" / "own"
@@ -112,20 +144,45 @@ class Project:
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", message)
+        self.run("git", "commit", "-q", "--allow-empty", "-m", message)
 
     def read(self, name: str) -> dict:
         return json.loads((self.folder / name).read_text())
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` that `make` fills, shared by all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.done").exists():
+            folder.mkdir()
+            make(folder)
+            Path(f"{folder}.done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project after its first `dvc repro`, what that printed in .make/output; for copies only, leave it as it is."""
+
+    def make(folder: Path) -> None:
+        output = Project.create(folder).run("dvc", "repro").stdout
+        (folder / ".make").mkdir()
+        (folder / ".make" / "output").write_text(output)
+
+    return Project(made_once(tmp_path_factory, "reproduced", make))
+
+
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return Project(tmp_path_factory.mktemp("project"))
+def project(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of `reproduced`, for the tests of one file to share, in a folder with a blank and an accent."""
+    return reproduced.copy(tmp_path_factory.mktemp("project") / "mon é")
 
 
 @pytest.fixture
 def fresh_project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+    return Project.create(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -136,9 +193,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipelines.fetch import fetch
     from pipelines.params import load_params
 
-    folder = tmp_path_factory.mktemp("corpus")
-    params = load_params(ROOT / "params.yaml")
-    fetch(params.fetch, ROOT / "data/sources.yaml", folder / "raw", ROOT / ".downloads")
-    clean(params.clean, folder / "raw", folder / "clean", folder / "chat")
-    encode(params.encode, folder / "clean", folder / "tokens")
-    return folder
+    def make(folder: Path) -> None:
+        params = load_params(ROOT / "params.yaml")
+        fetch(params.fetch, ROOT / "data/sources.yaml", folder / "raw", ROOT / ".downloads")
+        clean(params.clean, folder / "raw", folder / "clean", folder / "chat")
+        encode(params.encode, folder / "clean", folder / "tokens")
+
+    return made_once(tmp_path_factory, "corpus", make)

@@ -46,8 +46,8 @@ void check_ends(const char* what, const Integers* ends, int64_t length) {
 void check(const Arguments& given) {
   for (auto [what, tensor] : {std::pair{"query", given.query}, {"key", given.key}, {"value", given.value}}) {
     require_type(what, tensor, FLOATING);
-    TORCH_CHECK(tensor->view.scalar_type() == given.query->view.scalar_type(), what, " is ",
-                tensor->view.scalar_type(), ", query is ", given.query->view.scalar_type());
+    TORCH_CHECK(tensor->view.scalar_type() == given.query->view.scalar_type(), what, " is ", tensor->view.scalar_type(),
+                ", query is ", given.query->view.scalar_type());
   }
   TORCH_CHECK(std::find(LAYOUTS.begin(), LAYOUTS.end(), given.layout) != LAYOUTS.end(), "layout ", given.layout,
               " is not one of ", LAYOUTS);
@@ -56,8 +56,8 @@ void check(const Arguments& given) {
   TORCH_CHECK(given.width() <= LARGEST_HEAD, "a head of ", given.width(), " channels exceeds ", LARGEST_HEAD);
   int64_t value_width = given.flat() ? 0 : given.value->view.size(-1);
   TORCH_CHECK(given.flat() || (given.key->view.size(-1) == given.width() && value_width <= given.width()),
-              "channels of query, key and value are ", given.width(), ", ", given.key->view.size(-1), " and ", value_width,
-              "; the first two must be equal and the third no larger");
+              "channels of query, key and value are ", given.width(), ", ", given.key->view.size(-1), " and ",
+              value_width, "; the first two must be equal and the third no larger");
   require_type("atten_mask", given.mask, {at::kBool, at::kByte});
   bool compressed = given.sparse_mode == 2 || given.sparse_mode == 3;
   TORCH_CHECK(compressed || given.sparse_mode == 0 || given.sparse_mode == 1, "sparse_mode ", given.sparse_mode,
@@ -105,7 +105,8 @@ Scores scores(const Arguments& given) {
   auto wide = [&](const Tensor* x, int64_t channels) { return given.to_bnsd(as_float(x), channels); };
   int64_t key_heads = given.flat() ? (*given.key)->size(2) / given.width() : 0;
   int64_t value_width = given.flat() ? (*given.value)->size(2) / key_heads : (*given.value)->size(-1);
-  Scores result{wide(given.query, given.width()), wide(given.key, given.width()), wide(given.value, value_width), {}, 1};
+  Scores result{
+      wide(given.query, given.width()), wide(given.key, given.width()), wide(given.value, value_width), {}, 1};
   TORCH_CHECK(result.query.size(1) == given.heads && given.heads % result.key.size(1) == 0, "head_num is ", given.heads,
               "; query has ", result.query.size(1), " heads, key ", result.key.size(1));
   result.group = given.heads / result.key.size(1);
@@ -143,29 +144,29 @@ void check_plain(const Tensor* shift, const Tensor* drop, const Tensor* padding,
 }  // namespace
 
 // The layout is a string of the caller that does not outlive the first phase, so it is copied into the arguments.
-#define ATTENTION(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                                   \
-  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
-      Tensor* query, Tensor* key, Tensor* value, Tensor* shift, Tensor* drop, Tensor* padding, Tensor* mask, Integers*, \
-      UNPACK ENDS double scale, double keep, int64_t, int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode, \
-      Tensor*, Tensor*, Tensor*, Tensor* out, uint64_t* workspace, Executor** executor) {                             \
-    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};                \
-    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
-    return plan("aclnn" #NAME, workspace, executor, checks, [=] { forward(given, out); });                            \
-  }                                                                                                                   \
+#define ATTENTION(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                             \
+  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                     \
+      Tensor* query, Tensor* key, Tensor* value, Tensor* shift, Tensor* drop, Tensor* padding, Tensor* mask,    \
+      Integers*, UNPACK ENDS double scale, double keep, int64_t, int64_t, int64_t heads, char* layout, int64_t, \
+      int64_t sparse_mode, Tensor*, Tensor*, Tensor*, Tensor* out, uint64_t* workspace, Executor** executor) {  \
+    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};          \
+    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                               \
+    return plan("aclnn" #NAME, workspace, executor, checks, [=] { forward(given, out); });                      \
+  }                                                                                                             \
   EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }
 ATTENTION(FlashAttentionScore, (), nullptr, nullptr)
 ATTENTION(FlashAttentionVarLenScore, (Integers * query_ends, Integers* key_ends, ), query_ends, key_ends)
 
-#define ATTENTION_GRAD(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                              \
-  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
-      Tensor* query, Tensor* key, Tensor* value, Tensor* grad, Tensor* shift, Tensor* drop, Tensor* padding,          \
-      Tensor* mask, Tensor*, Tensor*, Tensor*, Tensor*, Integers*, UNPACK ENDS double scale, double keep, int64_t,    \
+#define ATTENTION_GRAD(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                               \
+  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                            \
+      Tensor* query, Tensor* key, Tensor* value, Tensor* grad, Tensor* shift, Tensor* drop, Tensor* padding,           \
+      Tensor* mask, Tensor*, Tensor*, Tensor*, Tensor*, Integers*, UNPACK ENDS double scale, double keep, int64_t,     \
       int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode, Tensor* dq, Tensor* dk, Tensor* dv, Tensor*, \
-      uint64_t* workspace, Executor** executor) {                                                                     \
-    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};                \
-    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
-    return plan("aclnn" #NAME, workspace, executor, checks, [=] { backward(given, grad, dq, dk, dv); });              \
-  }                                                                                                                   \
+      uint64_t* workspace, Executor** executor) {                                                                      \
+    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};                 \
+    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                      \
+    return plan("aclnn" #NAME, workspace, executor, checks, [=] { backward(given, grad, dq, dk, dv); });               \
+  }                                                                                                                    \
   EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }
 ATTENTION_GRAD(FlashAttentionScoreGrad, (), nullptr, nullptr)
 ATTENTION_GRAD(FlashAttentionUnpaddingScoreGrad, (Integers * query_ends, Integers* key_ends, ), query_ends, key_ends)

@@ -1,8 +1,9 @@
 // Collectives between processes of one machine through shared memory, behind the C interface of HCCL.
 //
-// Every rank owns one area; a collective is: write my area, wait for all, read the others', wait for all. Point-to-point
-// messages go through one mailbox per pair of ranks. A rank that ended, or does not come within FAKECANN_TIMEOUT_S, is an
-// error for the others that names it. On the real device a collective is asynchronous, here it is done on return.
+// Every rank owns one area; a collective is: write my area, wait for all, read the others', wait for all.
+// Point-to-point messages go through one mailbox per pair of ranks. A rank that ended, or does not come within
+// FAKECANN_TIMEOUT_S, is an error for the others that names it. On the real device a collective is asynchronous, here
+// it is done on return.
 #include "fakecann.h"
 
 #include <ATen/ATen.h>
@@ -83,8 +84,7 @@ HcclResult barrier(Communicator* group) {
     shared->round++;
     return HCCL_SUCCESS;
   }
-  return wait(group, [=] { return shared->round != round; },
-              [=](uint32_t rank) { return shared->here[rank] < mine; });
+  return wait(group, [=] { return shared->round != round; }, [=](uint32_t rank) { return shared->here[rank] < mine; });
 }
 
 #define TRY(CALL) \
@@ -122,16 +122,26 @@ HcclResult begin(Communicator* group, const char* name) {
 
 at::ScalarType type_of(HcclDataType type) {
   switch (type) {
-    case HCCL_DATA_TYPE_INT8: return at::kChar;
-    case HCCL_DATA_TYPE_INT16: return at::kShort;
-    case HCCL_DATA_TYPE_INT32: return at::kInt;
-    case HCCL_DATA_TYPE_INT64: return at::kLong;
-    case HCCL_DATA_TYPE_UINT8: return at::kByte;
-    case HCCL_DATA_TYPE_FP16: return at::kHalf;
-    case HCCL_DATA_TYPE_BFP16: return at::kBFloat16;
-    case HCCL_DATA_TYPE_FP32: return at::kFloat;
-    case HCCL_DATA_TYPE_FP64: return at::kDouble;
-    default: TORCH_CHECK(false, "no collective takes the data type with number ", static_cast<int>(type));
+    case HCCL_DATA_TYPE_INT8:
+      return at::kChar;
+    case HCCL_DATA_TYPE_INT16:
+      return at::kShort;
+    case HCCL_DATA_TYPE_INT32:
+      return at::kInt;
+    case HCCL_DATA_TYPE_INT64:
+      return at::kLong;
+    case HCCL_DATA_TYPE_UINT8:
+      return at::kByte;
+    case HCCL_DATA_TYPE_FP16:
+      return at::kHalf;
+    case HCCL_DATA_TYPE_BFP16:
+      return at::kBFloat16;
+    case HCCL_DATA_TYPE_FP32:
+      return at::kFloat;
+    case HCCL_DATA_TYPE_FP64:
+      return at::kDouble;
+    default:
+      TORCH_CHECK(false, "no collective takes the data type with number ", static_cast<int>(type));
   }
 }
 
@@ -153,6 +163,44 @@ at::Tensor reduced(Communicator* group, size_t offset, size_t count, HcclDataTyp
   at::Tensor result = part(0).clone();
   for (uint32_t rank = 1; rank < group->size; rank++) reduce(result, part(rank), op);
   return result;
+}
+
+// One side of a point-to-point message; what is left of it is in `data` and `bytes`.
+struct Message {
+  bool sends;
+  char* data;
+  size_t bytes;
+  uint32_t peer;
+};
+
+// Moves the next part of a message through the mailbox, if it is free (to send) or full (to receive).
+bool advance(Communicator* group, Message& message) {
+  uint32_t from = message.sends ? group->rank : message.peer, to = message.sends ? message.peer : group->rank;
+  auto &sent = group->shared->sent[from][to], &taken = group->shared->taken[from][to];
+  if (message.sends ? sent != taken : sent == taken) return false;
+  size_t part = std::min(AREA, message.bytes);
+  char* box = group->mailbox(from, to);
+  std::memcpy(message.sends ? box : message.data, message.sends ? message.data : box, part);
+  (message.sends ? sent : taken)++;
+  message.data += part, message.bytes -= part;
+  return true;
+}
+
+// All messages move side by side, part by part, so that a ring of ranks that all send first does not stand still.
+HcclResult exchange(Communicator* group, std::vector<Message> messages) {
+  auto open = [](const Message& message) { return message.bytes > 0; };
+  while (std::any_of(messages.begin(), messages.end(), open)) {
+    bool moved = false;
+    auto ready = [&] {
+      for (auto& message : messages) moved = (open(message) && advance(group, message)) || moved;
+      return moved;
+    };
+    auto absent = [&](uint32_t rank) {
+      return std::any_of(messages.begin(), messages.end(), [&](auto& m) { return open(m) && m.peer == rank; });
+    };
+    TRY(wait(group, ready, absent));
+  }
+  return HCCL_SUCCESS;
 }
 
 Communicator* group_of(HcclComm handle) { return static_cast<Communicator*>(handle); }
@@ -353,40 +401,23 @@ HcclResult HcclAlltoAll(const void* send, uint64_t count, HcclDataType type, con
 }
 
 HcclResult HcclSend(void* data, uint64_t count, HcclDataType type, uint32_t to, HcclComm handle, aclrtStream) {
-  auto* group = group_of(handle);
-  TRY(begin(group, "HcclSend"));
-  auto &sent = group->shared->sent[group->rank][to], &taken = group->shared->taken[group->rank][to];
-  size_t bytes = count * width_of(type);
-  for (size_t start = 0; start < bytes; start += AREA) {
-    TRY(wait(group, [&] { return taken == sent; }, [=](uint32_t rank) { return rank == to; }));
-    std::memcpy(group->mailbox(group->rank, to), static_cast<char*>(data) + start, std::min(AREA, bytes - start));
-    sent++;
-  }
-  return HCCL_SUCCESS;
+  TRY(begin(group_of(handle), "HcclSend"));
+  return exchange(group_of(handle), {{true, static_cast<char*>(data), count * width_of(type), to}});
 }
 
 HcclResult HcclRecv(void* data, uint64_t count, HcclDataType type, uint32_t from, HcclComm handle, aclrtStream) {
-  auto* group = group_of(handle);
-  TRY(begin(group, "HcclRecv"));
-  auto &sent = group->shared->sent[from][group->rank], &taken = group->shared->taken[from][group->rank];
-  size_t bytes = count * width_of(type);
-  for (size_t start = 0; start < bytes; start += AREA) {
-    TRY(wait(group, [&] { return sent > taken; }, [=](uint32_t rank) { return rank == from; }));
-    std::memcpy(static_cast<char*>(data) + start, group->mailbox(from, group->rank), std::min(AREA, bytes - start));
-    taken++;
-  }
-  return HCCL_SUCCESS;
+  TRY(begin(group_of(handle), "HcclRecv"));
+  return exchange(group_of(handle), {{false, static_cast<char*>(data), count * width_of(type), from}});
 }
 
-HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm handle, aclrtStream stream) {
-  for (auto kind : {HCCL_SEND, HCCL_RECV}) {  // all sends first, so that no pair of ranks waits for each other
-    for (uint32_t i = 0; i < count; i++) {
-      if (items[i].sendRecvType != kind) continue;
-      auto move = kind == HCCL_SEND ? HcclSend : HcclRecv;
-      TRY(move(items[i].buf, items[i].count, items[i].dataType, items[i].remoteRank, handle, stream));
-    }
+HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm handle, aclrtStream) {
+  TRY(begin(group_of(handle), "HcclBatchSendRecv"));
+  std::vector<Message> messages;
+  for (uint32_t i = 0; i < count; i++) {
+    messages.push_back({items[i].sendRecvType == HCCL_SEND, static_cast<char*>(items[i].buf),
+                        items[i].count * width_of(items[i].dataType), items[i].remoteRank});
   }
-  return HCCL_SUCCESS;
+  return exchange(group_of(handle), std::move(messages));
 }
 
 }  // extern "C"

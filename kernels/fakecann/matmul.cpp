@@ -74,12 +74,13 @@ static void grouped_matmul(const Tensors* xs, const Tensors* weights, const Tens
   }
 }
 
-#define GROUPED_MATMUL(NAME, ...)                                                                                    \
-  CHECKED_OPERATOR(NAME,                                                                                             \
-                   (Tensors * x, Tensors * weight, Tensors*, Tensors*, Tensors*, Tensors*, Tensors*, Tensors*,       \
-                    Tensor * groups, Tensors*, Tensors*, Tensors*, int64_t split_item, int64_t group_type,           \
-                    int64_t list_type, int64_t, __VA_ARGS__ Tensors * out, Tensors*, Tensors*),                      \
-                   { check_grouped(x, weight, groups, split_item, group_type, list_type); },                         \
-                   { grouped_matmul(x, weight, groups, group_type, list_type, out); })
-GROUPED_MATMUL(GroupedMatmulV4, )
+#define GROUPED_MATMUL(NAME, ...)                                                                                  \
+  CHECKED_OPERATOR(                                                                                                \
+      NAME,                                                                                                        \
+      (Tensors * x, Tensors * weight, Tensors*, Tensors*, Tensors*, Tensors*, Tensors*, Tensors*, Tensor * groups, \
+       Tensors*, Tensors*, Tensors*, int64_t split_item, int64_t group_type, int64_t list_type, int64_t,           \
+       __VA_ARGS__ Tensors* out, Tensors*, Tensors*),                                                              \
+      { check_grouped(x, weight, groups, split_item, group_type, list_type); },                                    \
+      { grouped_matmul(x, weight, groups, group_type, list_type, out); })
+GROUPED_MATMUL(GroupedMatmulV4, )  // that it exists tells torch_npu to accept a tensor as group_list; V5 is called
 GROUPED_MATMUL(GroupedMatmulV5, Integers*, )

@@ -19,13 +19,13 @@ OPERATOR(NLLLossBackward,
          (Tensor * grad, Tensor* x, Tensor* target, Tensor* weight, int64_t reduction, int64_t ignored, Tensor* total,
           Tensor* out),
          {
-           store(out, at::nll_loss_backward(**grad, **x, as_long(target), optional(weight), reduction, ignored,
-                                            **total));
+           store(out,
+                 at::nll_loss_backward(**grad, **x, as_long(target), optional(weight), reduction, ignored, **total));
          })
 
 // Cross entropy with everything its backward pass needs in one operator. Losses of ignored targets are 0.
-static void check_cross_entropy(const Tensor* x, const Tensor* target, const Tensor* weight, const std::string& reduction,
-                                double smoothing, double z_scale) {
+static void check_cross_entropy(const Tensor* x, const Tensor* target, const Tensor* weight,
+                                const std::string& reduction, double smoothing, double z_scale) {
   require_type("input", x, FLOATING);
   require_type("target", target, {at::kLong});
   TORCH_CHECK(x->view.dim() == 2 && target->view.dim() == 1 && x->view.size(0) == target->view.size(0), "input is ",
@@ -75,22 +75,24 @@ static void check_norm(const Tensor* x, const Tensor* gamma) {
   TORCH_CHECK(kept <= x->view.dim() && sizes.slice(sizes.size() - kept) == gamma->view.sizes(), "gamma is ",
               gamma->view.sizes(), ", the last axes of x ", sizes);
 }
-CHECKED_OPERATOR(RmsNorm, (Tensor * x, Tensor* gamma, double epsilon, Tensor* y, Tensor* deviation),
-                 { check_norm(x, gamma); }, {
-                   at::Tensor wide = as_float(x);
-                   auto scale = at::rsqrt(wide.square().mean(last_axes((*gamma)->dim()), true) + epsilon);
-                   store(y, (wide * scale).to((*x)->scalar_type()) * **gamma);
-                   store(deviation, scale);
-                 })
-CHECKED_OPERATOR(RmsNormGrad,
-                 (Tensor * dy, Tensor* x, Tensor* deviation, Tensor* gamma, Tensor* dx, Tensor* d_gamma),
-                 { check_norm(x, gamma); }, {
-                   auto axes = last_axes((*gamma)->dim());
-                   at::Tensor normal = as_float(x) * **deviation, grad = as_float(dy);
-                   at::Tensor d_normal = grad * as_float(gamma);
-                   store(dx, **deviation * (d_normal - normal * (d_normal * normal).mean(axes, true)));
-                   store(d_gamma, (grad * normal).reshape({-1, (*gamma)->numel()}).sum(0));
-                 })
+CHECKED_OPERATOR(
+    RmsNorm, (Tensor * x, Tensor* gamma, double epsilon, Tensor* y, Tensor* deviation), { check_norm(x, gamma); },
+    {
+      at::Tensor wide = as_float(x);
+      auto scale = at::rsqrt(wide.square().mean(last_axes((*gamma)->dim()), true) + epsilon);
+      store(y, (wide * scale).to((*x)->scalar_type()) * **gamma);
+      store(deviation, scale);
+    })
+CHECKED_OPERATOR(
+    RmsNormGrad, (Tensor * dy, Tensor* x, Tensor* deviation, Tensor* gamma, Tensor* dx, Tensor* d_gamma),
+    { check_norm(x, gamma); },
+    {
+      auto axes = last_axes((*gamma)->dim());
+      at::Tensor normal = as_float(x) * **deviation, grad = as_float(dy);
+      at::Tensor d_normal = grad * as_float(gamma);
+      store(dx, **deviation * (d_normal - normal * (d_normal * normal).mean(axes, true)));
+      store(d_gamma, (grad * normal).reshape({-1, (*gamma)->numel()}).sum(0));
+    })
 
 // silu(a) * b for the halves (a, b) of one axis, in fp32.
 static void check_halves(const Tensor* x, int64_t axis) {
@@ -98,24 +100,28 @@ static void check_halves(const Tensor* x, int64_t axis) {
   TORCH_CHECK(x->view.dim() <= 8 && x->view.size(axis) % 2 == 0, "axis ", axis, " of ", x->view.sizes(),
               " cannot be halved");
 }
-CHECKED_OPERATOR(SwiGlu, (Tensor * x, int64_t axis, Tensor* out), { check_halves(x, axis); }, {
-  auto halves = as_float(x).chunk(2, axis);
-  store(out, at::silu(halves[0]) * halves[1]);
-})
-CHECKED_OPERATOR(SwiGluGrad, (Tensor * grad, Tensor* x, int64_t axis, Tensor* out), { check_halves(x, axis); }, {
-  auto halves = as_float(x).chunk(2, axis);
-  at::Tensor wide = as_float(grad);
-  auto first = at::silu_backward(wide * halves[1], halves[0]);
-  store(out, at::cat({first, wide * at::silu(halves[0])}, axis));
-})
+CHECKED_OPERATOR(
+    SwiGlu, (Tensor * x, int64_t axis, Tensor* out), { check_halves(x, axis); },
+    {
+      auto halves = as_float(x).chunk(2, axis);
+      store(out, at::silu(halves[0]) * halves[1]);
+    })
+CHECKED_OPERATOR(
+    SwiGluGrad, (Tensor * grad, Tensor* x, int64_t axis, Tensor* out), { check_halves(x, axis); },
+    {
+      auto halves = as_float(x).chunk(2, axis);
+      at::Tensor wide = as_float(grad);
+      auto first = at::silu_backward(wide * halves[1], halves[0]);
+      store(out, at::cat({first, wide * at::silu(halves[0])}, axis));
+    })
 
 // Rotary embedding: x * cos + turned(x) * sin. Mode 0 pairs channel i with i + D/2, mode 1 pairs neighbours.
 static constexpr int64_t LARGEST_ROTARY_HEAD = 894, MOST_ROTARY_ROWS = 1000;
 
 static void check_rotary(const Tensor* x, const Tensor* cosine, const Tensor* sine, int64_t mode) {
   require_type("x", x, FLOATING);
-  TORCH_CHECK(x->view.dim() == 4 && cosine->view.sizes() == sine->view.sizes(), "x is ", x->view.sizes(),
-              ", cosine ", cosine->view.sizes(), ", sine ", sine->view.sizes());
+  TORCH_CHECK(x->view.dim() == 4 && cosine->view.sizes() == sine->view.sizes(), "x is ", x->view.sizes(), ", cosine ",
+              cosine->view.sizes(), ", sine ", sine->view.sizes());
   int64_t width = x->view.size(-1);
   TORCH_CHECK(width % 2 == 0 && width <= LARGEST_ROTARY_HEAD, "a head of ", width, " channels is odd or above ",
               LARGEST_ROTARY_HEAD);
@@ -129,9 +135,10 @@ static void check_rotary(const Tensor* x, const Tensor* cosine, const Tensor* si
     varied += cosine->view.size(axis) > 1;
     others *= cosine->view.size(axis) > 1 ? 1 : x->view.size(axis);
   }
-  TORCH_CHECK(varied <= 1, "the interleaved mode takes one table for the whole batch; cosine is ", cosine->view.sizes());
-  TORCH_CHECK(varied == 0 || others < MOST_ROTARY_ROWS, "batch times heads is ", others, "; the operator takes less than ",
-              MOST_ROTARY_ROWS);
+  TORCH_CHECK(varied <= 1, "the interleaved mode takes one table for the whole batch; cosine is ",
+              cosine->view.sizes());
+  TORCH_CHECK(varied == 0 || others < MOST_ROTARY_ROWS, "batch times heads is ", others,
+              "; the operator takes less than ", MOST_ROTARY_ROWS);
 }
 static std::pair<at::Tensor, at::Tensor> partners(const at::Tensor& x, int64_t mode) {
   if (mode == 0) return {x.chunk(2, -1)[0], x.chunk(2, -1)[1]};
@@ -143,18 +150,20 @@ static at::Tensor turned(const at::Tensor& x, int64_t mode, bool backwards) {
   at::Tensor first = backwards ? b : -b, second = backwards ? -a : a;
   return mode == 0 ? at::cat({first, second}, -1) : at::stack({first, second}, -1).flatten(-2);
 }
-CHECKED_OPERATOR(RotaryPositionEmbedding, (Tensor * x, Tensor* cosine, Tensor* sine, int64_t mode, Tensor* out),
-                 { check_rotary(x, cosine, sine, mode); },
-                 { store(out, **x * **cosine + turned(**x, mode, false) * **sine); })
-CHECKED_OPERATOR(RotaryPositionEmbeddingGrad,
-                 (Tensor * grad, Tensor* cosine, Tensor* sine, Tensor* x, int64_t mode, Tensor* dx, Tensor* d_cosine,
-                  Tensor* d_sine),
-                 { check_rotary(grad, cosine, sine, mode); }, {
-                   store(dx, **grad * **cosine + turned(**grad * **sine, mode, true));
-                   if (x && d_cosine && (*d_cosine)->numel()) {
-                     store(d_cosine, at::sum_to(**grad * **x, (*d_cosine)->sizes()));
-                   }
-                   if (x && d_sine && (*d_sine)->numel()) {
-                     store(d_sine, at::sum_to(**grad * turned(**x, mode, false), (*d_sine)->sizes()));
-                   }
-                 })
+CHECKED_OPERATOR(
+    RotaryPositionEmbedding, (Tensor * x, Tensor* cosine, Tensor* sine, int64_t mode, Tensor* out),
+    { check_rotary(x, cosine, sine, mode); }, { store(out, **x * **cosine + turned(**x, mode, false) * **sine); })
+CHECKED_OPERATOR(
+    RotaryPositionEmbeddingGrad,
+    (Tensor * grad, Tensor* cosine, Tensor* sine, Tensor* x, int64_t mode, Tensor* dx, Tensor* d_cosine,
+     Tensor* d_sine),
+    { check_rotary(grad, cosine, sine, mode); },
+    {
+      store(dx, **grad * **cosine + turned(**grad * **sine, mode, true));
+      if (x && d_cosine && (*d_cosine)->numel()) {
+        store(d_cosine, at::sum_to(**grad * **x, (*d_cosine)->sizes()));
+      }
+      if (x && d_sine && (*d_sine)->numel()) {
+        store(d_sine, at::sum_to(**grad * turned(**x, mode, false), (*d_sine)->sizes()));
+      }
+    })

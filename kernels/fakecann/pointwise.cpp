@@ -5,34 +5,34 @@
 
 using namespace fakecann;
 
-#define UNARY(NAME, FUNCTION)                                                     \
-  OPERATOR(NAME, (Tensor * x, Tensor * out), { store(out, at::FUNCTION(**x)); }) \
-  OPERATOR(Inplace##NAME, (Tensor * x), { store(x, at::FUNCTION(**x)); })
+#define UNARY(NAME, FUNCTION) OPERATOR(NAME, (Tensor * x, Tensor * out), { store(out, at::FUNCTION(**x)); })
 UNARY(Abs, abs)
 UNARY(Neg, neg)
-UNARY(Exp, exp)
-UNARY(Expm1, expm1)
-UNARY(Log, log)
-UNARY(Log1p, log1p)
-UNARY(Sqrt, sqrt)
-UNARY(Rsqrt, rsqrt)
-UNARY(Square, square)
-UNARY(Reciprocal, reciprocal)
-UNARY(Sin, sin)
-UNARY(Cos, cos)
-UNARY(Tanh, tanh)
-UNARY(Erf, erf)
-UNARY(Sigmoid, sigmoid)
-UNARY(Silu, silu)
-UNARY(Relu, relu)
-UNARY(Floor, floor)
-UNARY(Ceil, ceil)
 UNARY(Round, round)
 UNARY(Sign, sign)
+UNARY(Silu, silu)
 UNARY(IsFinite, isfinite)
-UNARY(IsInf, isinf)
-UNARY(LogicalNot, logical_not)
 UNARY(BitwiseNot, bitwise_not)
+
+#define UNARY_AND_IN_PLACE(NAME, FUNCTION) \
+  UNARY(NAME, FUNCTION)                    \
+  OPERATOR(Inplace##NAME, (Tensor * x), { store(x, at::FUNCTION(**x)); })
+UNARY_AND_IN_PLACE(Exp, exp)
+UNARY_AND_IN_PLACE(Expm1, expm1)
+UNARY_AND_IN_PLACE(Log, log)
+UNARY_AND_IN_PLACE(Log1p, log1p)
+UNARY_AND_IN_PLACE(Sqrt, sqrt)
+UNARY_AND_IN_PLACE(Rsqrt, rsqrt)
+UNARY_AND_IN_PLACE(Reciprocal, reciprocal)
+UNARY_AND_IN_PLACE(Sin, sin)
+UNARY_AND_IN_PLACE(Cos, cos)
+UNARY_AND_IN_PLACE(Tanh, tanh)
+UNARY_AND_IN_PLACE(Erf, erf)
+UNARY_AND_IN_PLACE(Sigmoid, sigmoid)
+UNARY_AND_IN_PLACE(Relu, relu)
+UNARY_AND_IN_PLACE(Floor, floor)
+UNARY_AND_IN_PLACE(Ceil, ceil)
+UNARY_AND_IN_PLACE(LogicalNot, logical_not)
 
 #define BINARY(NAME, FUNCTION) \
   OPERATOR(NAME, (Tensor * x, Tensor * y, Tensor * out), { store(out, at::FUNCTION(**x, **y)); })
@@ -79,38 +79,40 @@ OPERATOR(InplaceMul, (Tensor * x, Tensor* y), { (*x)->mul_(**y); })
 OPERATOR(InplaceMuls, (Tensor * x, Number* y), { (*x)->mul_(y->value); })
 OPERATOR(InplaceDiv, (Tensor * x, Tensor* y), { (*x)->div_(**y); })
 OPERATOR(InplaceDivs, (Tensor * x, Number* y), { (*x)->div_(y->value); })
+OPERATOR(InplaceFloorDivide, (Tensor * x, Tensor* y), { (*x)->floor_divide_(**y); })
 OPERATOR(InplaceFloorDivides, (Tensor * x, Number* y), { (*x)->floor_divide_(y->value); })
 OPERATOR(InplacePowTensorScalar, (Tensor * x, Number* y), { (*x)->pow_(y->value); })
 OPERATOR(InplaceBitwiseAndTensor, (Tensor * x, Tensor* y), { (*x)->bitwise_and_(**y); })
-OPERATOR(InplaceBitwiseOrTensor, (Tensor * x, Tensor* y), { (*x)->bitwise_or_(**y); })
+OPERATOR(InplaceBitwiseAndScalar, (Tensor * x, Number* y), { (*x)->bitwise_and_(y->value); })
 OPERATOR(InplaceLogicalAnd, (Tensor * x, Tensor* y), { (*x)->logical_and_(**y); })
 OPERATOR(InplaceLogicalOr, (Tensor * x, Tensor* y), { (*x)->logical_or_(**y); })
 OPERATOR(PowScalarTensor, (Number * x, Tensor* y, Tensor* out), { store(out, at::pow(x->value, **y)); })
 
 // Sums take a third operand: x + alpha * y.
-#define WITH_ALPHA(NAME, FUNCTION)                                                                        \
-  OPERATOR(NAME, (Tensor * x, Tensor * y, Number * alpha, Tensor * out),                                  \
-           { store(out, at::FUNCTION(**x, **y, alpha->value)); })                                         \
-  OPERATOR(NAME##s, (Tensor * x, Number * y, Number * alpha, Tensor * out),                               \
-           { store(out, at::FUNCTION(**x, y->value, alpha->value)); })                                    \
-  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Number * alpha),                                       \
-           { store(x, at::FUNCTION(**x, **y, alpha->value)); })                                           \
-  OPERATOR(Inplace##NAME##s, (Tensor * x, Number * y, Number * alpha),                                    \
+#define WITH_ALPHA(NAME, FUNCTION)                                          \
+  OPERATOR(NAME, (Tensor * x, Tensor * y, Number * alpha, Tensor * out),    \
+           { store(out, at::FUNCTION(**x, **y, alpha->value)); })           \
+  OPERATOR(NAME##s, (Tensor * x, Number * y, Number * alpha, Tensor * out), \
+           { store(out, at::FUNCTION(**x, y->value, alpha->value)); })      \
+  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Number * alpha),         \
+           { store(x, at::FUNCTION(**x, **y, alpha->value)); })             \
+  OPERATOR(Inplace##NAME##s, (Tensor * x, Number * y, Number * alpha),      \
            { store(x, at::FUNCTION(**x, y->value, alpha->value)); })
 WITH_ALPHA(Add, add)
 WITH_ALPHA(Sub, sub)
 OPERATOR(Rsubs, (Tensor * x, Number* y, Number* alpha, Tensor* out),
          { store(out, at::rsub(**x, y->value, alpha->value)); })
 
-#define WITH_VALUE(NAME, FUNCTION)                                                        \
-  OPERATOR(NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value, Tensor * out),      \
-           { store(out, at::FUNCTION(**x, **y, **z, value->value)); })                    \
-  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value),           \
+#define WITH_VALUE(NAME, FUNCTION)                                                   \
+  OPERATOR(NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value, Tensor * out), \
+           { store(out, at::FUNCTION(**x, **y, **z, value->value)); })               \
+  OPERATOR(Inplace##NAME, (Tensor * x, Tensor * y, Tensor * z, Number * value),      \
            { store(x, at::FUNCTION(**x, **y, **z, value->value)); })
 WITH_VALUE(Addcmul, addcmul)
 WITH_VALUE(Addcdiv, addcdiv)
 OPERATOR(Lerp, (Tensor * x, Tensor* y, Tensor* weight, Tensor* out), { store(out, at::lerp(**x, **y, **weight)); })
-OPERATOR(Lerps, (Tensor * x, Tensor* y, Number* weight, Tensor* out), { store(out, at::lerp(**x, **y, weight->value)); })
+OPERATOR(Lerps, (Tensor * x, Tensor* y, Number* weight, Tensor* out),
+         { store(out, at::lerp(**x, **y, weight->value)); })
 OPERATOR(InplaceLerp, (Tensor * x, Tensor* y, Tensor* weight), { (*x)->lerp_(**y, **weight); })
 OPERATOR(InplaceLerps, (Tensor * x, Tensor* y, Number* weight), { (*x)->lerp_(**y, weight->value); })
 
@@ -142,7 +144,6 @@ OPERATOR(SoftplusBackward, (Tensor * grad, Tensor* x, Number* beta, Number* thre
          { store(out, at::softplus_backward(**grad, **x, beta->value, threshold->value)); })
 
 // Making, filling, copying, converting.
-OPERATOR(Cast, (Tensor * x, int, Tensor* out), { store(out, **x); })
 OPERATOR(InplaceCopy, (Tensor * to, Tensor* from), { (*to)->copy_(**from); })
 OPERATOR(InplaceZero, (Tensor * x), { (*x)->zero_(); })
 OPERATOR(InplaceOne, (Tensor * x), { (*x)->fill_(1); })

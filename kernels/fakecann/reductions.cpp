@@ -27,8 +27,6 @@ OPERATOR(LinalgVectorNorm, (Tensor * x, Number* order, Integers* axes, bool keep
   bool all = !axes || axes->values.empty();
   store(out, at::linalg_vector_norm(**x, order->value, all ? std::nullopt : axes_of(axes), keep));
 })
-OPERATOR(Norm, (Tensor * x, Number* order, Integers* axes, bool keep, Tensor* out),
-         { store(out, at::norm(**x, order->value, axes->values, keep)); })
 
 static void store_pair(Tensor* values, Tensor* indices, const std::tuple<at::Tensor, at::Tensor>& result) {
   store(values, std::get<0>(result));
@@ -44,8 +42,6 @@ OPERATOR(Topk, (Tensor * x, int64_t count, int64_t axis, bool largest, bool sort
          { store_pair(values, indices, at::topk(**x, count, axis, largest, sorted)); })
 OPERATOR(Sort, (Tensor * x, bool stable, int64_t axis, bool descending, Tensor* values, Tensor* indices),
          { store_pair(values, indices, at::sort(**x, stable, axis, descending)); })
-OPERATOR(Argsort, (Tensor * x, int64_t axis, bool descending, Tensor* out),
-         { store(out, at::argsort(**x, true, axis, descending)); })
 OPERATOR(Cumsum, (Tensor * x, int64_t axis, int type, Tensor* out),
          { store(out, at::cumsum(**x, axis, scalar_type(type))); })
 OPERATOR(Cumprod, (Tensor * x, Number* axis, int type, Tensor* out),
@@ -58,21 +54,22 @@ OPERATOR(Bincount, (Tensor * x, Tensor* weights, int64_t length, Tensor* out),
 // Reading by index. The real operators take int32 or int64 indices.
 constexpr std::initializer_list<at::ScalarType> INDICES = {at::kInt, at::kLong};
 
-CHECKED_OPERATOR(Gather, (Tensor * x, int64_t axis, Tensor* index, Tensor* out),
-                 { require_type("index", index, INDICES); },
-                 { store(out, at::gather(**x, axis, as_long(index))); })
-CHECKED_OPERATOR(IndexSelect, (Tensor * x, int64_t axis, Tensor* index, Tensor* out),
-                 { require_type("index", index, INDICES); },
-                 { store(out, at::index_select(**x, axis, as_long(index))); })
-CHECKED_OPERATOR(Embedding, (Tensor * weight, Tensor* index, Tensor* out),
-                 { require_type("index", index, INDICES); },
-                 { store(out, at::embedding(**weight, as_long(index))); })
-CHECKED_OPERATOR(EmbeddingDenseBackward,
-                 (Tensor * grad, Tensor* index, uint64_t rows, uint64_t padding, bool scaled, Tensor* out),
-                 { require_type("index", index, INDICES); }, {
-                   store(out, at::embedding_dense_backward(**grad, as_long(index), static_cast<int64_t>(rows),
-                                                           static_cast<int64_t>(padding), scaled));
-                 })
+CHECKED_OPERATOR(
+    Gather, (Tensor * x, int64_t axis, Tensor* index, Tensor* out), { require_type("index", index, INDICES); },
+    { store(out, at::gather(**x, axis, as_long(index))); })
+CHECKED_OPERATOR(
+    IndexSelect, (Tensor * x, int64_t axis, Tensor* index, Tensor* out), { require_type("index", index, INDICES); },
+    { store(out, at::index_select(**x, axis, as_long(index))); })
+CHECKED_OPERATOR(
+    Embedding, (Tensor * weight, Tensor* index, Tensor* out), { require_type("index", index, INDICES); },
+    { store(out, at::embedding(**weight, as_long(index))); })
+CHECKED_OPERATOR(
+    EmbeddingDenseBackward, (Tensor * grad, Tensor* index, uint64_t rows, uint64_t padding, bool scaled, Tensor* out),
+    { require_type("index", index, INDICES); },
+    {
+      store(out, at::embedding_dense_backward(**grad, as_long(index), static_cast<int64_t>(rows),
+                                              static_cast<int64_t>(padding), scaled));
+    })
 
 static c10::List<std::optional<at::Tensor>> index_list(const Tensors* indices) {
   c10::List<std::optional<at::Tensor>> result;
@@ -89,14 +86,13 @@ OPERATOR(IndexPutImpl, (Tensor * x, Tensors* indices, Tensor* values, bool accum
          { (*x)->index_put_(index_list(indices), **values, accumulate); })
 
 // Operators whose output is as long as the data says: torch_npu allocates the longest and reads the true shape back.
-static void shrink(Tensor* out, const at::Tensor& flat_room, const at::Tensor& result) {
-  auto kept = flat_room.narrow(0, 0, result.size(0));
-  kept.copy_(result);
-  out->view = kept;
+static void shrink(Tensor* out, const at::Tensor& result) {
+  out->view = (*out)->view({-1}).narrow(0, 0, result.numel()).view(result.sizes());
+  out->view.copy_(result);
 }
-OPERATOR(MaskedSelect, (Tensor * x, Tensor* mask, Tensor* out),
-         { shrink(out, (*out)->flatten(), at::masked_select(**x, **mask)); })
-OPERATOR(Nonzero, (Tensor * x, Tensor* out), { shrink(out, **out, at::nonzero(**x)); })
+OPERATOR(MaskedSelect, (Tensor * x, Tensor* mask, Tensor* out), { shrink(out, at::masked_select(**x, **mask)); })
+OPERATOR(Nonzero, (Tensor * x, Tensor* out), { shrink(out, at::nonzero(**x)); })
+OPERATOR(NonzeroV2, (Tensor * x, Tensor* out), { shrink(out, at::nonzero(**x).t()); })
 
 // Writing by index; `reduction` 0 replaces, 1 adds, 2 multiplies.
 static void scatter(const at::Tensor& to, int64_t axis, const at::Tensor& index, const at::Tensor& values,

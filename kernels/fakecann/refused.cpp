@@ -27,7 +27,8 @@ static aclError refuse(const std::string& what) {
 }
 
 static aclError refuse_operator(const char* name) {
-  return refuse(std::string("the operator ") + (name ? name : "without a name") + ", as the legacy kernel or as aclnn,");
+  return refuse(std::string("the operator ") + (name ? name : "without a name") +
+                ", as the legacy kernel or as aclnn,");
 }
 
 extern "C" {

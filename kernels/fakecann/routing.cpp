@@ -1,4 +1,4 @@
-// Mixture of experts: sending tokens to their experts in order, bringing them back, and fused gates.
+// Mixture of experts: sending tokens to their experts in order, and bringing them back.
 //
 // T tokens, K experts a token, N = T * K rows. The row of choice k of token t after sorting by expert is
 // sorted_indices[t * K + k].
@@ -21,28 +21,29 @@ static void check_permute(const Tensor* x, const Tensor* indices, bool padded) {
   TORCH_CHECK(choices(indices) <= MOST_CHOICES, choices(indices), " experts a token; the operator takes ",
               MOST_CHOICES);
 }
-CHECKED_OPERATOR(MoeTokenPermute,
-                 (Tensor * x, Tensor* indices, int64_t, bool padded, Tensor* out, Tensor* sorted_indices),
-                 { check_permute(x, indices, padded); }, {
-                   auto order = at::argsort(as_long(indices).flatten(), /*stable=*/true, 0, false);
-                   auto rows = at::arange(order.numel(), order.options());
-                   store(sorted_indices, at::empty_like(order).scatter_(0, order, rows));
-                   auto sorted = at::index_select(**x, 0, at::floor_divide(order, choices(indices)));
-                   store(out, sorted.narrow(0, 0, (*out)->size(0)));
-                 })
-CHECKED_OPERATOR(MoeTokenPermuteGrad,
-                 (Tensor * grad, Tensor* sorted_indices, int64_t count, bool padded, Tensor* out),
-                 {
-                   require_type("sorted_indices", sorted_indices, {at::kInt});
-                   TORCH_CHECK(!padded, "padded mode is not supported");
-                 },
-                 {
-                   auto place = as_long(sorted_indices);
-                   int64_t rows = (*grad)->size(0);
-                   auto taken = at::index_select(as_float(grad), 0, place.clamp_max(rows - 1));
-                   taken = taken * (place < rows).unsqueeze(1);  // rows that num_out_tokens cut off have no gradient
-                   store(out, taken.reshape({-1, count, (*grad)->size(1)}).sum(1));
-                 })
+CHECKED_OPERATOR(
+    MoeTokenPermute, (Tensor * x, Tensor* indices, int64_t, bool padded, Tensor* out, Tensor* sorted_indices),
+    { check_permute(x, indices, padded); },
+    {
+      auto order = at::argsort(as_long(indices).flatten(), /*stable=*/true, 0, false);
+      auto rows = at::arange(order.numel(), order.options());
+      store(sorted_indices, at::empty_like(order).scatter_(0, order, rows));
+      auto sorted = at::index_select(**x, 0, at::floor_divide(order, choices(indices)));
+      store(out, sorted.narrow(0, 0, (*out)->size(0)));
+    })
+CHECKED_OPERATOR(
+    MoeTokenPermuteGrad, (Tensor * grad, Tensor* sorted_indices, int64_t count, bool padded, Tensor* out),
+    {
+      require_type("sorted_indices", sorted_indices, {at::kInt});
+      TORCH_CHECK(!padded, "padded mode is not supported");
+    },
+    {
+      auto place = as_long(sorted_indices);
+      int64_t rows = (*grad)->size(0);
+      auto taken = at::index_select(as_float(grad), 0, place.clamp_max(rows - 1));
+      taken = taken * (place < rows).unsqueeze(1);  // rows that num_out_tokens cut off have no gradient
+      store(out, taken.reshape({-1, count, (*grad)->size(1)}).sum(1));
+    })
 
 static void check_unpermute(const Tensor* rows, const Tensor* sorted_indices, const Tensor* probabilities,
                             bool padded) {
@@ -60,31 +61,26 @@ static at::Tensor gathered(const Tensor* rows, const Tensor* sorted_indices, int
   auto taken = at::index_select(as_float(rows), 0, as_long(sorted_indices));
   return taken.reshape({-1, count, (*rows)->size(1)});
 }
-CHECKED_OPERATOR(MoeTokenUnpermute,
-                 (Tensor * rows, Tensor* sorted_indices, Tensor* probabilities, bool padded, Integers*, Tensor* out),
-                 { check_unpermute(rows, sorted_indices, probabilities, padded); }, {
-                   auto taken = gathered(rows, sorted_indices, probabilities ? choices(probabilities) : 1);
-                   if (probabilities) taken = taken * as_float(probabilities).reshape({taken.size(0), -1, 1});
-                   store(out, taken.sum(1));
-                 })
-CHECKED_OPERATOR(MoeTokenUnpermuteGrad,
-                 (Tensor * rows, Tensor* grad, Tensor* sorted_indices, Tensor* probabilities, bool padded, Integers*,
-                  Tensor* d_rows, Tensor* d_probabilities),
-                 { check_unpermute(rows, sorted_indices, probabilities, padded); }, {
-                   auto taken = gathered(rows, sorted_indices, probabilities ? choices(probabilities) : 1);
-                   auto spread = as_float(grad).unsqueeze(1).expand_as(taken);
-                   if (probabilities) store(d_probabilities, (taken * spread).sum(2));
-                   if (probabilities) spread = spread * as_float(probabilities).reshape({taken.size(0), -1, 1});
-                   auto result = at::zeros((*rows)->sizes(), at::kFloat);
-                   result.index_copy_(0, as_long(sorted_indices), spread.reshape((*rows)->sizes()));
-                   store(d_rows, result);
-                 })
-
-// Fused gates: for inference; training routes in plain fp32 operators.
-CHECKED_OPERATOR(MoeGatingTopKSoftmax,
-                 (Tensor * x, Tensor*, int64_t count, Tensor* values, Tensor* experts, Tensor*),
-                 { require_type("x", x, FLOATING); }, {
-                   auto top = at::topk(at::softmax(as_float(x), -1), count);
-                   store(values, std::get<0>(top));
-                   store(experts, std::get<1>(top));
-                 })
+CHECKED_OPERATOR(
+    MoeTokenUnpermute,
+    (Tensor * rows, Tensor* sorted_indices, Tensor* probabilities, bool padded, Integers*, Tensor* out),
+    { check_unpermute(rows, sorted_indices, probabilities, padded); },
+    {
+      auto taken = gathered(rows, sorted_indices, probabilities ? choices(probabilities) : 1);
+      if (probabilities) taken = taken * as_float(probabilities).reshape({taken.size(0), -1, 1});
+      store(out, taken.sum(1));
+    })
+CHECKED_OPERATOR(
+    MoeTokenUnpermuteGrad,
+    (Tensor * rows, Tensor* grad, Tensor* sorted_indices, Tensor* probabilities, bool padded, Integers*, Tensor* d_rows,
+     Tensor* d_probabilities),
+    { check_unpermute(rows, sorted_indices, probabilities, padded); },
+    {
+      auto taken = gathered(rows, sorted_indices, probabilities ? choices(probabilities) : 1);
+      auto spread = as_float(grad).unsqueeze(1).expand_as(taken);
+      if (probabilities) store(d_probabilities, (taken * spread).sum(2));
+      if (probabilities) spread = spread * as_float(probabilities).reshape({taken.size(0), -1, 1});
+      auto result = at::zeros((*rows)->sizes(), at::kFloat);
+      result.index_copy_(0, as_long(sorted_indices), spread.reshape((*rows)->sizes()));
+      store(d_rows, result);
+    })

@@ -61,8 +61,8 @@ Fault read_fault() {
 }
 
 int lost_error() {
-  return fail(ACL_ERROR_RT_LOST_HEARTBEAT, "the device is lost: its heartbeat stopped after " +
-                                               std::to_string(fault().count) + " operators");
+  return fail(ACL_ERROR_RT_LOST_HEARTBEAT,
+              "the device is lost: its heartbeat stopped after " + std::to_string(fault().count) + " operators");
 }
 
 }  // namespace
@@ -145,8 +145,8 @@ aclError aclrtGetDeviceCount(uint32_t* count) {
 
 aclError aclrtSetDevice(int32_t id) {
   if (id < 0 || id >= settings().devices) {
-    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "device " + std::to_string(id) + " does not exist; there are " +
-                                                   std::to_string(settings().devices));
+    return fail(ACL_ERROR_RT_INVALID_DEVICEID,
+                "device " + std::to_string(id) + " does not exist; there are " + std::to_string(settings().devices));
   }
   device = id;
   return pending_error(false);
@@ -195,14 +195,14 @@ aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t* value) {
   return ACL_SUCCESS;
 }
 
-// Cube and vector cores as on one 910B; nothing else is claimed about the chip.
+// Cube and vector cores and second-level cache as on one 910B; nothing else is claimed about the chip.
 aclError aclrtGetDeviceInfo(uint32_t, aclrtDevAttr attribute, int64_t* value) {
   *value = attribute == ACL_DEV_ATTR_AICORE_CORE_NUM ? 24 : attribute == ACL_DEV_ATTR_VECTOR_CORE_NUM ? 48 : 0;
   return ACL_SUCCESS;
 }
 
-aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo, int64_t* value) {
-  *value = 1;
+aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo property, int64_t* value) {
+  *value = property == ACL_DEVICE_INFO_AI_CORE_NUM ? 24 : property == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 48 : 192 << 20;
   return ACL_SUCCESS;
 }
 

@@ -7,19 +7,32 @@ namespace fakecann {
 
 at::ScalarType scalar_type(int acl_type) {
   switch (acl_type) {
-    case ACL_FLOAT: return at::kFloat;
-    case ACL_FLOAT16: return at::kHalf;
-    case ACL_BF16: return at::kBFloat16;
-    case ACL_DOUBLE: return at::kDouble;
-    case ACL_INT8: return at::kChar;
-    case ACL_INT16: return at::kShort;
-    case ACL_INT32: return at::kInt;
-    case ACL_INT64: return at::kLong;
-    case ACL_UINT8: return at::kByte;
-    case ACL_BOOL: return at::kBool;
-    case ACL_COMPLEX64: return at::kComplexFloat;
-    case ACL_COMPLEX128: return at::kComplexDouble;
-    default: TORCH_CHECK(false, "the data type with number ", acl_type, " is not emulated");
+    case ACL_FLOAT:
+      return at::kFloat;
+    case ACL_FLOAT16:
+      return at::kHalf;
+    case ACL_BF16:
+      return at::kBFloat16;
+    case ACL_DOUBLE:
+      return at::kDouble;
+    case ACL_INT8:
+      return at::kChar;
+    case ACL_INT16:
+      return at::kShort;
+    case ACL_INT32:
+      return at::kInt;
+    case ACL_INT64:
+      return at::kLong;
+    case ACL_UINT8:
+      return at::kByte;
+    case ACL_BOOL:
+      return at::kBool;
+    case ACL_COMPLEX64:
+      return at::kComplexFloat;
+    case ACL_COMPLEX128:
+      return at::kComplexDouble;
+    default:
+      TORCH_CHECK(false, "the data type with number ", acl_type, " is not emulated");
   }
 }
 
@@ -129,7 +142,9 @@ EXPORT int aclDestroyTensorList(Tensors* tensors) {
   return 0;
 }
 
-EXPORT Numbers* aclCreateScalarList(Number* const* items, uint64_t count) { return new Numbers{{items, items + count}}; }
+EXPORT Numbers* aclCreateScalarList(Number* const* items, uint64_t count) {
+  return new Numbers{{items, items + count}};
+}
 
 EXPORT int aclDestroyScalarList(Numbers* numbers) {
   for (auto* number : numbers->items) delete number;

@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 
 from moe_kernels.dispatch import chosen, implementation, reference_only
+from moe_kernels.reference.adamw import AdamW, AdamWState
 from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
 
 __all__ = [
+    "AdamW",
+    "AdamWState",
+    "adamw_step",
     "attention",
     "cached_window_attention",
     "chosen",
     "cross_entropy",
+    "expert_load",
     "experts",
     "grouped_matmul",
     "hyper_read",
@@ -80,6 +85,11 @@ def route(
     """
     choose = implementation("route", x_TD.device.type)
     return choose(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
+
+
+def expert_load(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """Rows that each expert gets, [E] int64; does not wait for the device, as a bincount would."""
+    return implementation("expert_load", indices_TK.device.type)(indices_TK, num_experts)
 
 
 def permute(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,3 +181,8 @@ def newton_schulz(x_Nrc: Tensor, coefficients: Coefficients = COEFFICIENTS, dtyp
     coefficients: (a, b, c) of each step. dtype: of the matrix products; None: that of `x_Nrc`.
     """
     return implementation("newton_schulz", x_Nrc.device.type)(x_Nrc, coefficients, dtype)
+
+
+def adamw_step(weights: list[Tensor], gradients: list[Tensor], state: AdamWState, numbers: AdamW) -> None:
+    """One step of AdamW in place on lists of tensors of one device; arXiv 1711.05101, algorithm 2."""
+    implementation("adamw_step", weights[0].device.type)(weights, gradients, state, numbers)

@@ -1,27 +1,64 @@
 """The one place that knows device names. Everything else asks here and passes `torch.device` objects around.
 
 The accelerator is found through `torch.accelerator`, so a backend that registers itself there (Ascend NPU, Cambricon
-MLU, Moore Threads MUSA, Teco SDAA, CUDA, ...) needs no code of its own.
+MLU, Moore Threads MUSA, Teco SDAA, CUDA, ...) needs no code of its own. Published peaks are in peaks.json, each with
+its source and how far to trust it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import json
 import os
 import platform
+import resource
 import time
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 COLLECTIVES = {"npu": "hccl", "mlu": "cncl", "musa": "mccl", "sdaa": "tccl", "cuda": "nccl", "cpu": "gloo"}
+PLUGINS = {"npu": "torch_npu", "mlu": "torch_mlu", "musa": "torch_musa", "sdaa": "torch_sdaa"}
+DETERMINISM = {  # device -> what its libraries read from the environment when they start
+    "npu": {"HCCL_DETERMINISTIC": "true"},
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: held by tensors now, held at most so far, and all there is."""
+
+    allocated: int
+    peak: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Published FLOP/s of dense matrix products; confidence is high, medium or low."""
+
+    flops: float
+    source: str
+    confidence: str
 
 
 def default() -> torch.device:
-    """The accelerator of this machine, or the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The accelerator of this machine, or the CPU. Plugins that PyTorch did not load by itself are loaded first."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        for module in PLUGINS.values():
+            if find_spec(module) is not None:
+                importlib.import_module(module)
+        found = torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
 
 
 def collective(device: torch.device) -> str:
@@ -42,11 +79,51 @@ def name(device: torch.device) -> str:
 
 @cache
 def emulated() -> bool:
-    """Whether Ascend devices of this process are those of kernels/fakecann, which computes on the CPU."""
+    """Whether Ascend devices of this process are those of kernels/fakecann, which computes on the CPU.
+
+    Speed and memory of an emulated device say nothing about a real one.
+    """
     try:
         return hasattr(ctypes.CDLL("libascendcl.so"), "fakecannVersion")
     except OSError:
         return False
+
+
+def memory(device: torch.device) -> Memory:
+    """Memory of an accelerator; on a CPU that of this process and of the machine."""
+    if device.type != "cpu":
+        module = torch.accelerator
+        total = module.get_memory_info(device)[1]
+        return Memory(module.memory_allocated(device), module.max_memory_allocated(device), total)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return Memory(psutil.Process().memory_info().rss, peak, psutil.virtual_memory().total)
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run natively; a device that does not say is believed to."""
+    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None) if device.type != "cpu" else None
+    return bool(ask()) if ask is not None else True
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of the generators of the host and of the device, to be saved with a checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def restore_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Continue the random numbers where `random_state` left them; a state of another device type restores the host."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Equal inputs give equal bits from here on; call it before the first operator. Slower on accelerators."""
+    os.environ.update(DETERMINISM.get(device.type, {}))
+    torch.use_deterministic_algorithms(True, warn_only=device.type not in ("cpu", "cuda", "npu"))
 
 
 def threads() -> int:
@@ -75,6 +152,21 @@ def prepare() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             libc.mallopt(option, 2**31 - 1)
+
+
+def peak(label: str, dtype: str = "bfloat16", tflops: float | None = None) -> Peak | None:
+    """Published peak of the device that `name` calls so; `tflops` overrides it; None where nothing is published.
+
+    The longest name in peaks.json that the label starts with counts.
+    """
+    if tflops is not None:
+        return Peak(tflops * 1e12, "given by the user", "high")
+    entries = json.loads(Path(__file__).with_name("peaks.json").read_text(encoding="utf-8"))
+    fitting = [entry for entry in entries if entry["dtype"] == dtype and label.startswith(entry["device"])]
+    if not fitting or "emulated" in label:
+        return None
+    best = max(fitting, key=lambda entry: len(entry["device"]))
+    return Peak(best["tflops"] * 1e12, best["source"], best["confidence"])
 
 
 @cache

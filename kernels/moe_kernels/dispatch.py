@@ -21,9 +21,11 @@ import torch
 
 BACKENDS = ("cpu", "npu")  # device types that have a folder of their own
 OPERATIONS = {  # operation -> the file that holds it
+    "adamw_step": "adamw",
     "attention": "attention",
     "cached_window_attention": "window_attention",
     "cross_entropy": "cross_entropy",
+    "expert_load": "permute",
     "experts": "experts",
     "grouped_matmul": "grouped_matmul",
     "hyper_read": "hyper_connection",

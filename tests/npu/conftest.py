@@ -31,6 +31,8 @@ QUIET = [
     "ignore::DeprecationWarning:torch_npu",
     "ignore::UserWarning:torch_npu",
     "ignore::ImportWarning",
+    "ignore:.*_npu_moe_token_unpermute.*may not alias any inputs:UserWarning",  # torch.compile about torch_npu's own
+    "ignore:.*should not be instantiated:DeprecationWarning",  # torch.compile about autograd functions, every one
 ]
 
 
@@ -57,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"  {report.nodeid}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a snippet or a file in a new process, where settings of the emulator can differ."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import moe_kernels
 import pytest
 import torch
@@ -89,6 +91,12 @@ def test_unpermute(tokens: int, top_k: int, dtype: torch.dtype) -> None:
     same("unpermute", Case([rows, places, weights]), dtype)
 
 
+def test_expert_load() -> None:
+    indices = chosen_experts(13, 3, used=6)
+    ours = moe_kernels.expert_load(indices.to(NPU), 7)
+    assert ours.dtype == torch.int64 and ours.tolist() == torch.bincount(indices.flatten(), minlength=7).tolist()
+
+
 @DTYPES
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [1, 0, 0, 0]], ids=str)
 def test_grouped_matmul(counts: list[int], dtype: torch.dtype) -> None:
@@ -141,6 +149,27 @@ def test_attention(documents: list[int] | None, queries: int, dtype: torch.dtype
 def test_cross_entropy(dtype: torch.dtype) -> None:
     targets = torch.tensor([3, -100, 0, 15, -100, 7])
     same("cross_entropy", Case([random(6, 16, dtype=dtype), targets]), dtype)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_adamw_step(reference: bool) -> None:
+    """Three steps beside torch.optim.AdamW on the CPU."""
+    shapes = [(5, 7), (11,), (1,)]
+    theirs = [random(*shape).requires_grad_() for shape in shapes]
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    ours = [random(*shape).to(NPU) for shape in shapes]
+    moments = [[torch.zeros_like(weight) for weight in ours] for _ in range(2)]
+    state = moe_kernels.AdamWState(*moments, steps=[torch.zeros((), device=NPU) for _ in ours])
+    for step in range(3):
+        gradients = [random(*shape, seed=9 + step) for shape in shapes]
+        for weight, gradient in zip(theirs, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+        moved = [gradient.to(NPU) for gradient in gradients]
+        with moe_kernels.reference_only() if reference else nullcontext():
+            moe_kernels.adamw_step(ours, moved, state, moe_kernels.AdamW(1e-2, weight_decay=0.1))
+    assert max(distance(mine, other) for mine, other in zip(ours, theirs, strict=True)) <= 1e-6
+    assert [step.item() for step in state.steps] == [3.0] * 3
 
 
 def test_a_switch_forces_the_reference_and_ends() -> None:

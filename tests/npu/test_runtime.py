@@ -43,6 +43,20 @@ def test_memory_is_counted_and_given_back() -> None:
     assert torch.accelerator.memory_allocated() == before
 
 
+def test_memory_and_peaks_of_the_device() -> None:
+    found = device.memory(torch.device("npu", 0))
+    assert 0 <= found.allocated <= found.peak <= found.total
+    assert device.supports_bfloat16(NPU)
+    assert (device.peak(device.name(torch.device("npu", 0))) is None) == device.emulated()
+
+
+def test_random_numbers_of_the_device_continue_where_they_were_left() -> None:
+    state = device.random_state(torch.device("npu", 0))
+    drawn = torch.randn(5, device=NPU).cpu()
+    device.restore_random_state(torch.device("npu", 0), state)
+    assert torch.equal(drawn, torch.randn(5, device=NPU).cpu())
+
+
 def test_copies_keep_values_for_every_dtype_and_stride() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool):
         value = (random(4, 6) * 10).abs().to(dtype)
@@ -81,9 +95,8 @@ def test_out_of_memory_at_the_size_that_was_set(python: Python) -> None:
 
 @emulated
 def test_devices_are_as_many_as_were_asked_for(python: Python) -> None:
-    assert python("import torch; print(torch.accelerator.device_count())", FAKECANN_DEVICES="3").stdout.endswith(
-        "\n3\n"
-    )
+    counted = python("import torch; print(torch.accelerator.device_count())", FAKECANN_DEVICES="3")
+    assert counted.stdout.endswith("\n3\n")
     line = last_line(python("import torch; torch.zeros(1, device='npu:3')", FAKECANN_DEVICES="3"), "Error")
     assert "Invalid NPU device" in line or "device" in line
 

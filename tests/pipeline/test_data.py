@@ -192,7 +192,7 @@ def test_sound_data_passes_and_the_result_is_the_same_bytes_again(tmp_path: Path
     assert first["success"] and {e["suite"] for e in first["expectations"]} == {"documents", "dialogues", "sources"}
     page = (tmp_path / "page.html").read_text()
     assert "Training may start" in page and "http://" not in page and "https://" not in page
-    accept(tmp_path / "clean", tmp_path / "accepted.json")
+    accept(tmp_path / "clean", tmp_path / "chat", tmp_path / "accepted.json")
     again = check(tmp_path, LIMITS)
     assert "drift" in {e["suite"] for e in again["expectations"]}
     assert again == check(tmp_path, LIMITS)
@@ -227,6 +227,15 @@ def test_poisoned_sources_are_stopped(tmp_path: Path, poison: dict[str, str], re
     assert reason in broken and not (tmp_path / "page.html").exists()
 
 
+def test_dialogues_are_searched_for_secrets_too(tmp_path: Path) -> None:
+    leaky = [
+        json.dumps({"messages": [{"content": f"Who is {n}?"}, {"content": f"{n}@example.org"}]}) for n in range(20)
+    ]
+    cleaned(tmp_path, SMALL, a=PLAIN, t={"use": "chat", "files": {"t.jsonl": "\n".join([*TALK, *leaky])}})
+    with pytest.raises(UserError, match=r"e-mail address or a key-like string .*; found 0.5, limit at most 0.1"):
+        check(tmp_path, LIMITS)
+
+
 def test_too_few_documents_are_no_corpus(tmp_path: Path) -> None:
     cleaned(tmp_path, SMALL, a=PLAIN)
     with pytest.raises(UserError, match="there are enough documents; found 30, limit at least 31"):
@@ -235,7 +244,7 @@ def test_too_few_documents_are_no_corpus(tmp_path: Path) -> None:
 
 def test_drift_is_named_until_it_is_accepted(tmp_path: Path) -> None:
     cleaned(tmp_path, SMALL, a=PLAIN)
-    accept(tmp_path / "clean", tmp_path / "accepted.json")
+    accept(tmp_path / "clean", tmp_path / "chat", tmp_path / "accepted.json")
     shutil.rmtree(tmp_path / "raw")
     cleaned(
         tmp_path,
@@ -244,7 +253,7 @@ def test_drift_is_named_until_it_is_accepted(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="kept of a.*shovel accept"):
         check(tmp_path, LIMITS)
-    accept(tmp_path / "clean", tmp_path / "accepted.json")
+    accept(tmp_path / "clean", tmp_path / "chat", tmp_path / "accepted.json")
     assert check(tmp_path, LIMITS)["success"]
 
 

@@ -122,16 +122,9 @@ def _experts_backward(
 
 @_experts_backward.register_fake
 def _(
-    grad_TD: Tensor,
-    x_ND: Tensor,
-    order_TK: Tensor,
-    ends_E: Tensor,
-    scale_N1: Tensor,
-    gate_up_N2F: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    limit: float | None,
+    grad_TD: Tensor, x_ND: Tensor, order_TK: Tensor, *rest: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate_up, down, _ = rest[-3:]
     d_weights_TK = torch.empty_like(order_TK, dtype=torch.float32)
     return x_ND.new_empty(grad_TD.shape), d_weights_TK, torch.empty_like(gate_up), torch.empty_like(down)
 

@@ -14,9 +14,14 @@ def permute(x_TD: Tensor, indices_TK: Tensor, num_experts: int) -> tuple[Tensor,
     order_N = indices_TK.flatten().argsort(stable=True)
     rows_N = torch.arange(len(order_N), device=order_N.device)
     places_TK = torch.empty_like(order_N).scatter_(0, order_N, rows_N).view_as(indices_TK)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=order_N.device)
-    counts_E.scatter_add_(0, indices_TK.flatten(), torch.ones_like(order_N))
-    return x_TD.index_select(0, order_N // indices_TK.shape[1]), places_TK, counts_E
+    rows_ND = x_TD.index_select(0, order_N // indices_TK.shape[1])
+    return rows_ND, places_TK, expert_load(indices_TK, num_experts)
+
+
+def expert_load(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """Rows that each expert gets, [E] int64."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=indices_TK.device)
+    return counts_E.scatter_add_(0, indices_TK.flatten(), torch.ones_like(indices_TK).flatten())
 
 
 def unpermute(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Is any NVIDIA part in use? The libraries that a process has loaded, and the distributions that are installed.
+
+`python -m pipelines.audit [--json] [--pid N]` audits this Python after importing torch, or process N; exit code 1 when
+something was found. A stage calls `audit()` at its end and keeps the result beside its metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+# Names of NVIDIA's libraries and drivers. libtorch_cuda and libc10_cuda are PyTorch's, and call them.
+LIBRARY = re.compile(
+    r"lib(cuda|cudart|cublas\w*|cudnn\w*|cufft\w*|curand|cusolver\w*|cusparse\w*|cufile\w*|nccl|nvrtc|nvJitLink|nvToolsExt"
+    r"|nvidia\w*|nvshmem\w*|nvinfer\w*|cupti|torch_cuda\w*|c10_cuda)(-\w+)?\.so"
+)
+DISTRIBUTION = re.compile(
+    r"(nvidia|cuda|cupy|pycuda|nvtx|pynvml|tensorrt|apex|flash-attn|transformer-engine)(-.*|\d.*)?"
+)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found, and how much was looked at."""
+
+    nvidia_libraries: list[str]
+    nvidia_distributions: list[str]
+    libraries: int
+    distributions: int
+
+    @property
+    def free(self) -> bool:
+        """Whether no NVIDIA part is loaded or installed."""
+        return not self.nvidia_libraries and not self.nvidia_distributions
+
+
+def loaded_libraries(pid: int | str = "self") -> list[str]:
+    """Paths of the shared libraries mapped into a process. Raises `ValueError` where the system does not tell."""
+    maps = Path(f"/proc/{pid}/maps")
+    if not maps.exists():
+        raise ValueError(f"{maps} does not exist; the audit reads it, so it needs Linux and a process that runs")
+    paths = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count("/") and ".so" in line}
+    return sorted(paths)
+
+
+def audit(pid: int | str = "self") -> Audit:
+    """Look at a process and at the installed distributions of this environment."""
+    libraries, installed = loaded_libraries(pid), sorted({item.name.lower() for item in distributions()})
+    nvidia = [path for path in libraries if LIBRARY.match(Path(path).name)]
+    return Audit(nvidia, [name for name in installed if DISTRIBUTION.fullmatch(name)], len(libraries), len(installed))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print one sentence or JSON; 1 when an NVIDIA part was found."""
+    parser = argparse.ArgumentParser(prog="audit", description="Is any NVIDIA part loaded or installed?")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
+    parser.add_argument("--pid", help="a process; this one, after importing torch, when none is given")
+    options = parser.parse_args(arguments)
+    if options.pid is None:
+        __import__("torch")
+    found = audit(options.pid or "self")
+    if options.json:
+        print(json.dumps(asdict(found) | {"free": found.free}, indent=2))
+    else:
+        what = ", ".join(found.nvidia_libraries + found.nvidia_distributions)
+        looked = f"{found.libraries} loaded libraries, {found.distributions} installed distributions"
+        print(f"audit      {looked}: {f'NVIDIA parts: {what}' if what else 'no NVIDIA part'}")
+    return int(not found.free)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

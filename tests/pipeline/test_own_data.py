@@ -1,0 +1,102 @@
+"""Text of a user's own under the real `dvc repro`: four formats are read, poisoned text is stopped before training."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+OWN = {"kind": "path", "licence": "CC-BY-4.0", "language": "en", "use": "pretrain"}
+
+
+def entries(project) -> list[dict]:
+    return project.read("data/sources.yaml")["sources"]
+
+
+def modules(project) -> list[Path]:
+    return sorted((project.folder / "data/own/code").glob("*.py"))
+
+
+def stages_run(output: str) -> list[str]:
+    return re.findall(r"Running stage '([^']+)'", output)
+
+
+@pytest.fixture
+def restored(project):
+    """The shared project; what a test put into it is gone afterwards."""
+    project.commit("before")
+    yield project
+    project.run("git", "checkout", "-q", ".")
+    project.run("git", "clean", "-qfd", "data/own")
+    project.run("dvc", "checkout", "-q")
+
+
+def duplicated(project) -> None:
+    for path in modules(project):
+        path.with_name(f"again_{path.name}").write_bytes(path.read_bytes())
+
+
+def leaked(project) -> None:
+    """Half of an evaluation source lies in the training text, each inside a longer file."""
+    exam = project.folder / "data/own/exam"
+    exam.mkdir()
+    for number, path in enumerate(modules(project)[:8]):
+        path.rename(exam / path.name)
+        if number % 2:
+            whole = "# Preface.\n" + (exam / path.name).read_text() + "\n# Epilogue.\n"
+            (project.folder / "data/own/code" / f"notes_{number}.py").write_text(whole)
+    exam_entry = OWN | {"name": "exam", "path": "data/own/exam", "language": "code", "use": "eval"}
+    project.set_sources(*entries(project), exam_entry)
+
+
+@pytest.mark.parametrize(
+    ("poison", "sentence"),
+    [
+        (duplicated, "raw documents are rarely copies of one another (share of the worst source); found 0.5, limit"),
+        (leaked, "evaluation source alone: 13-word runs that training text knows; found 0."),
+    ],
+)
+def test_poison_is_stopped_before_training(restored, poison, sentence: str) -> None:
+    poison(restored)
+    before = restored.digests("data/tokens", "data/models") | restored.digests("reports/contracts.html")
+    done = restored.run("dvc", "repro", check=False)
+    assert done.returncode != 0 and stages_run(done.stdout) == ["fetch", "clean", "contracts"]
+    assert sentence in done.stderr, done.stderr
+    assert "open reports/contracts-failed.html" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert restored.digests("data/tokens", "data/models") | restored.digests("reports/contracts.html") == before
+    assert "Nothing was trained" in (restored.folder / "reports/contracts-failed.html").read_text()
+
+
+def test_four_formats_of_text_of_ones_own(restored) -> None:
+    own = restored.folder / "data/own/mine"
+    own.mkdir()
+    words = {name: f"{name} " + " ".join(f"word{n * n} of {name}" for n in range(40)) for name in ("txt", "md")}
+    for name, text in words.items():
+        (own / f"page ü.{name}").write_text(text, encoding="utf-8")
+    (own / "lines.jsonl").write_text("\n".join(json.dumps({"text": f"{n} jsonl {words['md']}"}) for n in range(2)))
+    pd.DataFrame({"text": [f"{n} parquet {words['txt']}" for n in range(3)]}).to_parquet(own / "rows.parquet")
+    restored.set_sources(*entries(restored), OWN | {"name": "mine", "path": "data/own/mine"})
+    restored.run("dvc", "repro", "clean")
+    table = pd.read_parquet(restored.folder / "data/clean/documents.parquet")
+    mine = table[table["source"] == "mine"]
+    assert sorted(mine["path"]) == [
+        "lines.jsonl#1", "lines.jsonl#2", "page ü.md", "page ü.txt", "rows.parquet#1", "rows.parquet#2",
+        "rows.parquet#3",
+    ]  # fmt: skip
+    assert set(mine["licence"]) == {"CC-BY-4.0"} and words["md"] in set(mine["text"])
+
+
+def test_an_experiment_leaves_runs_but_no_version(restored) -> None:
+    rate = "finetune.learning_rate=0.0003"
+    done = restored.run("dvc", "exp", "run", "-n", "warmer", "-S", rate)
+    assert "finetune" in stages_run(done.stdout) and "pretrain" not in stages_run(done.stdout)
+    assert "warmer" in restored.run("dvc", "exp", "show", "--csv").stdout
+    uri = f"sqlite:///{restored.folder}/.mlflow/mlflow.db"
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name("shovel").experiment_id
+    runs = client.search_runs([experiment], "tags.`dvc.exp_name` = 'warmer' and tags.stage = 'finetune'")
+    assert len(runs) == 1 and runs[0].data.params["learning_rate"] == "0.0003"
+    assert client.search_registered_models() == []

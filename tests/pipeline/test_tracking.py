@@ -1,0 +1,143 @@
+"""MLflow as people meet it: an empty database that several open at once, a server that is down, dies and comes back."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines import tracking
+
+STAGE = """
+import sys, time
+from pathlib import Path
+from pipelines import tracking
+
+with tracking.stage_run(sys.argv[1], None) as run:
+    run.log({"loss": 2.0}, step=1)
+    run.flush()
+    Path("logged").touch()
+    while len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
+        time.sleep(0.05)
+    run.log({"loss": 1.0}, step=2)
+print(run.run_id)
+"""
+
+
+def stage(project, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", STAGE, *arguments], cwd=folder, env=project.environment(**environment),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """(run id, what was said on the terminal)"""
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out.strip(), errors
+
+
+def test_four_users_start_at_once_on_an_empty_database(reproduced, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/shared.db"
+    starting = [stage(reproduced, tmp_path / str(n), f"user-{n}", MLFLOW_TRACKING_URI=uri) for n in range(4)]
+    said = [ended(process)[1] for process in starting]
+    assert not any(said), said
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name("shovel").experiment_id])
+    assert {run.info.run_name for run in runs} == {f"user-{n}" for n in range(4)}
+    assert {run.info.status for run in runs} == {"FINISHED"} and {run.data.metrics["loss"] for run in runs} == {1.0}
+
+
+def test_a_run_whose_process_died_is_killed_and_a_living_one_is_left(reproduced, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mine.db"
+    dying = stage(reproduced, tmp_path / "a", "dying", "never", MLFLOW_TRACKING_URI=uri)
+    while not (tmp_path / "a" / "logged").exists():
+        time.sleep(0.05)
+    living = stage(reproduced, tmp_path / "b", "living", str(tmp_path / "go"), MLFLOW_TRACKING_URI=uri)
+    while not (tmp_path / "b" / "logged").exists():
+        time.sleep(0.05)
+    dying.send_signal(signal.SIGKILL)
+    dying.communicate()
+    client = MlflowClient(uri, uri)
+    assert tracking.reap(client) == 1
+    runs = client.search_runs([client.get_experiment_by_name("shovel").experiment_id])
+    assert {run.info.run_name: run.info.status for run in runs} == {"dying": "KILLED", "living": "RUNNING"}
+    (tmp_path / "go").touch()
+    ended(living)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[str]:
+    """A real MLflow server on 127.0.0.1, ended with all its children."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "kept")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+            except OSError:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_may_die_and_come_back(project, tmp_path: Path, port: int) -> None:
+    uri = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    with server(tmp_path, port):
+        first = stage(project, project.folder, "fetch", str(tmp_path / "go"), **uri)
+        while not (project.folder / "logged").exists():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.05)
+    (tmp_path / "go").touch()
+    met, said = ended(first)
+    assert "does not answer" in said and "`shovel link` delivers it later" in said and said.count("\n") == 1
+    done = project.run("dvc", "repro", "-f", "-s", "encode", **uri)
+    assert "tracking   the tracking server" in done.stderr and "Traceback" not in done.stderr
+    for command in ("link", "status", "register", "promote", "rollback"):
+        refused = project.run("shovel", command, check=False, **uri)
+        assert refused.returncode == 2 and "does not answer" in refused.stderr.splitlines()[-1]
+        assert "Traceback" not in refused.stderr
+    with server(tmp_path, port) as address:
+        delivered = project.run("shovel", "link", **uri)
+        assert "2 delivered late" in delivered.stderr
+        client = MlflowClient(address, address)
+        assert [point.value for point in client.get_metric_history(met, "loss")] == [2.0, 1.0]
+        late = tracking.find_run(client, project.read("reports/runs/encode.json")["run_id"])
+        assert {client.get_run(met).info.status, late.info.status} == {"FINISHED"}
+        assert late.data.params["vocab_size"] == "400" and late.data.metrics["vocab_size"] == 400
+        (project.folder / "logged").unlink()
+        project.commit("results")
+        project.run("shovel", "register", **uri)
+        project.run("shovel", "promote", **uri)
+        _is_champion(project, client, uri)
+
+
+def _is_champion(project, client: MlflowClient, uri: dict[str, str]) -> None:
+    version = client.get_model_version_by_alias("shovel-demo", "champion")
+    assert version.source.startswith("dvc://data/models/release?sha256=")
+    assert "champion: shovel-demo version 1" in project.run("shovel", "status", **uri).stdout

@@ -1,0 +1,54 @@
+"""Device questions answered without an accelerator, and the published peaks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from moe_kernels import device
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("cpu", "gloo"), ("npu", "cpu:gloo,npu:hccl"), ("cuda", "cpu:gloo,cuda:nccl"), ("mlu", "cpu:gloo,mlu:cncl"),
+     ("musa", "cpu:gloo,musa:mccl"), ("sdaa", "cpu:gloo,sdaa:tccl")],
+)  # fmt: skip
+def test_collectives(kind: str, backend: str) -> None:
+    fake = type("Device", (), {"type": kind})()  # torch.device knows only the devices of this build
+    assert device.collective(fake) == backend
+
+
+def test_memory_of_the_host_grows_with_what_is_held() -> None:
+    before = device.memory(CPU)
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    after = device.memory(CPU)
+    assert after.allocated - before.allocated > 32 << 20 and len(held)
+    assert after.peak >= after.allocated * 0.9 and after.total > after.allocated
+
+
+def test_random_numbers_continue_where_they_were_left() -> None:
+    torch.manual_seed(3)
+    state = device.random_state(CPU)
+    drawn = torch.randn(5)
+    assert not torch.equal(drawn, torch.randn(5))
+    device.restore_random_state(CPU, state)
+    assert torch.equal(drawn, torch.randn(5))
+
+
+def test_peaks_name_their_source_and_the_longest_name_counts() -> None:
+    entries = json.loads(Path(device.__file__).with_name("peaks.json").read_text())
+    assert all(entry["source"] and entry["confidence"] in ("high", "medium", "low") for entry in entries)
+    assert device.peak("Ascend910B3").flops == 294.9e12
+    assert device.peak("NVIDIA H100 80GB HBM3").flops == 989e12
+    assert device.peak("Ascend910B3", tflops=300).source == "given by the user"
+
+
+@pytest.mark.parametrize("label", ["Ascend910B1 (emulated)", "Xeon", "MLU590"])
+def test_no_peak_is_made_up(label: str) -> None:
+    assert device.peak(label) is None
+
+
+def test_this_process_has_no_emulated_devices() -> None:
+    assert device.default().type != "npu" or not device.emulated()

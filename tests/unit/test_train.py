@@ -1,0 +1,98 @@
+"""The training loop on a tiny V4 with everything on: Muon, batch ramp, micro-batches, all losses, exact resume."""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import ModelConfig, build
+from model.checkpoint import CheckpointStore
+from model.config import HEAVY, SLIDING, SPARSE
+from model.data import IGNORED
+from model.train import DivergedError, Record, TrainConfig, train
+from model.transformer import MoETransformer
+
+TINY = ModelConfig(
+    vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, q_lora_rank=16,
+    head_dim=16, qk_rope_head_dim=8, n_routed_experts=4, num_nextn_predict_layers=1, o_lora_rank=8, sliding_window=8,
+    layer_types=[SLIDING, SPARSE, HEAVY], compress_rates={SPARSE: 4, HEAVY: 8}, index_n_heads=2, index_head_dim=8,
+    index_topk=3, hc_mult=2, hc_sinkhorn_iters=3,
+)  # fmt: skip
+CONFIG = TrainConfig(
+    steps=9, batch_tokens=128, sequence_length=32, learning_rate=3e-3, optimizer="muon", warmup_steps=2,
+    decay_fraction=0.5, decay="cosine", final_fraction=0.1, start_batch_tokens=64, batch_ramp_steps=4,
+    dense_attention_steps=3, checkpoint_every=2,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+class Counting:
+    """Rows of two documents that count upwards; a row says its own number."""
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids = (np.arange(33) * 3 + index) % 64
+        owner = np.repeat([2 * index, 2 * index + 1], [20, 12])
+        targets = np.where(owner == np.append(owner[1:], -1), ids[1:], IGNORED)
+        return ids[:-1], targets, owner
+
+
+def run(folder: Path, config: TrainConfig = CONFIG, stop_after: int | None = None) -> tuple[MoETransformer, list]:
+    net, records = build(TINY, seed=0), []
+
+    def report(step: int, record: Record) -> None:
+        records.append(record)
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        train(net, Counting(), config, CheckpointStore(folder), CPU, report)
+    return net, records
+
+
+def test_every_loss_and_figure_is_reported_and_the_batch_grows(tmp_path: Path) -> None:
+    _, records = run(tmp_path)
+    assert [record["tokens"] for record in records] == [64, 64, 96, 96, *[128] * 5]
+    assert records[-1]["loss"] < records[0]["loss"]
+    expected = {"loss", "mtp_loss", "balance_loss", "indexer_loss", "learning_rate", "gradient_norm", "bias_range"}
+    expected |= {"max_load_over_mean", "min_load_over_mean", "router_entropy", "sinkhorn_error", "tokens"}
+    assert all(expected <= record.keys() for record in records)
+    assert ["indexer_recall" in record for record in records] == [True] * 3 + [False] * 6
+    assert records[-1]["bias_range"] > 0
+    rates = [record["learning_rate"] for record in records]
+    assert rates[0] == pytest.approx(1e-3) and max(rates) == 3e-3 and 3e-4 < rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("stop_after", [0, 3, 6])
+def test_a_stopped_training_ends_with_the_same_bits(tmp_path: Path, stop_after: int) -> None:
+    whole, records = run(tmp_path / "whole")
+    run(tmp_path / "broken", stop_after=stop_after)
+    resumed, again = run(tmp_path / "broken")
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    drop = {"tokens_per_s"}
+    assert [{k: v for k, v in r.items() if k not in drop} for r in again] == [
+        {k: v for k, v in r.items() if k not in drop} for r in records
+    ]
+
+
+def test_micro_batches_change_rounding_alone(tmp_path: Path) -> None:
+    _, whole = run(tmp_path / "whole", replace(CONFIG, optimizer="adamw", steps=3))
+    _, parts = run(tmp_path / "parts", replace(CONFIG, optimizer="adamw", steps=3, micro_batch_tokens=32))
+    for one, other in zip(whole, parts, strict=True):
+        for name in ("loss", "mtp_loss", "balance_loss", "gradient_norm", "max_load_over_mean", "tokens"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError) as caught:
+        net = build(TINY, seed=0)
+        with torch.no_grad():
+            net.lm_head.weight[3] = torch.inf
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        train(net, Counting(), CONFIG, CheckpointStore(tmp_path), CPU, lambda step, record: None)
+    assert caught.value.step == 0 and caught.value.documents == [0, 1, 2, 3] and caught.value.checkpoint is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
