@@ -23,6 +23,7 @@ from pipelines.stage import progress, replacing, say
 from pipelines.tracking import Run
 
 CODE = ("model", "kernels/moe_kernels")
+SOURCES = (".py", ".cpp", ".h")
 
 
 def fit(
@@ -71,7 +72,8 @@ def checkpoint_key(params: Training, inputs: dict[str, str]) -> str:
     """Digest of all that the weights are a function of: parameters, inputs, code and PyTorch's version."""
     code = hashlib.sha256()
     for folder in CODE:
-        for file in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
+        files = (Path(__file__).parents[1] / folder).rglob("*.*")
+        for file in sorted(file for file in files if file.suffix in SOURCES):
             code.update(file.read_bytes())
     settings = params.model_dump(exclude={"checkpoint_every"})
     whole = json.dumps([settings, inputs, code.hexdigest(), torch.__version__], sort_keys=True)

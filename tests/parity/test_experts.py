@@ -1,9 +1,17 @@
 """The grouped expert layer against a float64 loop over tokens."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from moe_kernels import experts
+from moe_kernels import experts, reference_only
 from torch.nn import functional as F
+
+
+@pytest.fixture(autouse=True)
+def reference() -> Iterator[None]:
+    with reference_only():
+        yield
 
 
 def loop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import moe_kernels
 import pytest
@@ -11,6 +12,12 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
 Tensor = torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def reference() -> Iterator[None]:
+    with moe_kernels.reference_only():
+        yield
 
 
 def random(*shape: int) -> Tensor:
