@@ -1,7 +1,8 @@
 """What a training minimises: cross entropy of the next token and of the one after, balance, the indexer's distance.
 
 Cross entropy never holds the full [tokens, vocabulary] matrix.
-Shapes: B rows, S tokens, T = B * S, D hidden size, V vocabulary, M layers with experts, E routed experts.
+Shapes: B rows, S tokens, T = B * S, P of the T at a time, D hidden size, V vocabulary, M layers with experts,
+E routed experts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_kernels import cross_entropy_with_gradient
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,14 +65,11 @@ class _CrossEntropy(torch.autograd.Function):
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         for rows in torch.arange(len(targets_T)).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            log_p = F.log_softmax(torch.mm(hidden_TD[part], head_VD.t()).float(), dim=-1)
-            kept = targets_T[part] != IGNORED
-            target = targets_T[part].clamp(min=0).unsqueeze(1)
-            loss -= (log_p.gather(1, target).squeeze(1) * kept).sum()
-            d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-            d_logits = d_logits.mul_((kept / count).unsqueeze(1)).to(hidden_TD.dtype)
-            torch.mm(d_logits, head_VD, out=d_hidden_TD[part])
-            d_head_VD += torch.mm(d_logits.t(), hidden_TD[part])
+            logits_PV = torch.mm(hidden_TD[part], head_VD.t())
+            losses_P, d_logits_PV = cross_entropy_with_gradient(logits_PV, targets_T[part], 1 / count, IGNORED)
+            loss += losses_P.sum()
+            torch.mm(d_logits_PV, head_VD, out=d_hidden_TD[part])
+            d_head_VD += torch.mm(d_logits_PV.t(), hidden_TD[part])
         ctx.save_for_backward(d_hidden_TD, d_head_VD.to(head_VD.dtype))
         return loss / count
 

@@ -25,6 +25,7 @@ __all__ = [
     "cached_window_attention",
     "chosen",
     "cross_entropy",
+    "cross_entropy_with_gradient",
     "expert_load",
     "experts",
     "grouped_matmul",
@@ -136,6 +137,17 @@ def attention(
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignored: int = -100) -> Tensor:
     """-log softmax(logits)[target] of each token in nats, fp32 [T]; 0 where the target is `ignored`."""
     return implementation("cross_entropy", logits_TV.device.type)(logits_TV, targets_T, ignored)
+
+
+def cross_entropy_with_gradient(
+    logits_TV: Tensor, targets_T: Tensor, scale: Tensor, ignored: int = -100
+) -> tuple[Tensor, Tensor]:
+    """(the same losses [T], the gradient of `scale` times their sum [T, V] in the dtype of the logits).
+
+    scale: fp32, one number. For callers that need both at once, before any backward pass: nothing here is recorded.
+    """
+    both = implementation("cross_entropy_with_gradient", logits_TV.device.type)
+    return both(logits_TV, targets_T, scale, ignored)
 
 
 def window_attention(

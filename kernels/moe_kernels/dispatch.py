@@ -25,6 +25,7 @@ OPERATIONS = {  # operation -> the file that holds it
     "attention": "attention",
     "cached_window_attention": "window_attention",
     "cross_entropy": "cross_entropy",
+    "cross_entropy_with_gradient": "cross_entropy",
     "expert_load": "permute",
     "experts": "experts",
     "grouped_matmul": "grouped_matmul",

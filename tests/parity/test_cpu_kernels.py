@@ -58,7 +58,8 @@ def outputs_and_gradients(
     results = results if isinstance(results, tuple) else (results,)
     smooth = [result for result in results if result.requires_grad]
     upstream = [random(*result.shape, seed=7 + n).to(result.dtype) for n, result in enumerate(smooth)]
-    torch.autograd.backward(smooth, upstream)
+    if smooth:
+        torch.autograd.backward(smooth, upstream)
     gradients = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     return [*results, *(grad for grad in gradients if grad is not None)]
 
@@ -224,11 +225,29 @@ def test_rotate(shape: tuple[int, ...], inverse: bool, dtype: torch.dtype) -> No
         assert max(distance(mine, other) for mine, other in zip(ours, theirs, strict=True)) <= TOLERANCE[dtype]
 
 
+@DTYPES
+@pytest.mark.parametrize(("tokens", "words"), [(1, 1), (7, 33), (40, 4096), (5, 16), (0, 8)])
+def test_cross_entropy_with_gradient(tokens: int, words: int, dtype: torch.dtype) -> None:
+    logits, scale = random(tokens, words, dtype=dtype) * 4, torch.tensor(0.3)
+    targets = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(0))
+    targets[1::3] = -100
+    losses, gradient = moe_kernels.cross_entropy_with_gradient(logits, targets, scale)
+    exact = logits.double().requires_grad_()
+    theirs = F.cross_entropy(exact, targets, reduction="none")
+    (theirs.sum() * scale).backward()
+    assert (losses.dtype, gradient.dtype) == (FP32, dtype)
+    assert distance(losses, theirs) <= TOLERANCE[FP32]
+    assert distance(gradient, exact.grad) <= TOLERANCE[dtype]
+    with pytest.raises(RuntimeError, match="there is no word 99999"):
+        moe_kernels.cross_entropy_with_gradient(random(1, words), torch.tensor([99999]), scale)
+
+
 def rotate_inputs() -> list[Any]:
     return [random(2, 90, 3, 24), *angles(2, 90, 8)]
 
 
 CASES = {
+    "cross_entropy_with_gradient": [random(60, 48), torch.arange(60) % 48, torch.tensor(0.5), -100],
     "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
     "hyper_read": read_inputs(900, 4, 48),
     "hyper_write": write_inputs(900, 4, 48),
@@ -237,7 +256,7 @@ CASES = {
     "swiglu": [random(900, 48), 0.5],
     "window_attention": attention_inputs(2, 600, 2, 16, 40, 32),
 }
-FIXED = {"rotate": (1, 2)}  # inputs that have no gradient
+FIXED = {"rotate": (1, 2), "cross_entropy_with_gradient": (0, 2)}  # inputs that have no gradient
 
 
 @pytest.fixture

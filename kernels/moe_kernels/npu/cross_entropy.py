@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_kernels.reference.cross_entropy import cross_entropy_with_gradient
+
+__all__ = ["cross_entropy", "cross_entropy_with_gradient"]
 NEEDS = {"npu_cross_entropy_loss": ("input", "target", "reduction", "ignore_index")}
 
 
