@@ -96,7 +96,8 @@ def _contenders(arguments: argparse.Namespace, device: torch.device) -> list[Con
     v3 = v3.replace(intermediate_size=v3.intermediate_size + round(missing / (3 * v3.hidden_size)))
     common = {"steps": PARTS, "batch_tokens": arguments.batch_tokens, "sequence_length": 512, "precision": "bfloat16"}
     common |= {"learning_rate": arguments.learning_rate, "warmup_steps": PARTS // 20, "decay_fraction": 0.5}
-    config = TrainConfig(**common, decay="cosine", final_fraction=0.05, seed=arguments.seed)
+    common |= {"decay": "cosine", "final_fraction": 0.05, "balance_speed": 1e-2}
+    config = TrainConfig(**common, seed=arguments.seed)
     made = []
     for name, architecture, optimizer in (("V4, Muon", v4, muon), ("V3, AdamW", v3, adamw)):
         net = build(architecture, arguments.seed).to(device).train()
