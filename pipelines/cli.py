@@ -40,13 +40,16 @@ def main() -> None:
 @app.command()
 def check() -> None:
     """Read params.yaml and data/sources.yaml and say what is wrong with them."""
+    from model.schedule import first_row
     from pipelines.params import load_params
     from pipelines.sources import load_sources
 
     params, sources = load_params(PARAMS), load_sources(SOURCES)
     typer.echo(f"{PARAMS} is fine; {SOURCES} is fine: {len(sources)} sources ({', '.join(s.name for s in sources)})")
-    total = params.pretrain.steps * params.pretrain.batch_tokens
-    typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {params.pretrain.steps:,} steps")
+    train = params.pretrain
+    start = train.start_batch_tokens or train.batch_tokens
+    total = first_row(train.steps, train.batch_tokens, start, train.batch_ramp_steps)  # of rows of one token
+    typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {train.steps:,} steps")
 
 
 @app.command()
