@@ -257,11 +257,13 @@ def _summary(seconds: float) -> None:
     low, high = base["ci95"]
     bits = {name: f"{report['bits_per_byte']:.3f}" for name, report in (("base", base), ("chat", chat))}
     total, active = trained["parameters"] / 1e6, trained["active_parameters"] / 1e6
+    emulated = trained["emulated"] or tuned["emulated"]
+    time_of_training = "place on an emulated device" if emulated else f"{trained['seconds'] + tuned['seconds']:.0f} s"
     typer.echo(
         f"""
 A mixture of experts, {total:.1f} M parameters of which {active:.1f} M work on a token,
 pretrained on {trained["tokens"] / 1e6:.1f} M tokens of {text}
-and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {trained["seconds"] + tuned["seconds"]:.0f} s.
+and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {time_of_training}.
 
   bits per held-out byte   base {bits["base"]} (95 %: {low:.3f} to {high:.3f}), chat {bits["chat"]}
   the same bytes           xz {base["baselines"]["xz"]:.3f}, 5-gram byte model {base["baselines"]["five_gram"]:.3f}

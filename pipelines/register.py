@@ -184,6 +184,7 @@ def _create(
         "bits_per_byte": repr(chat["bits_per_byte"]),
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
+        **lineage.trained_on(reports),
         "lineage": json.dumps(facts | {"digests": digests}, ensure_ascii=False),
     }
     review = tracking.find_run(client, facts["runs"].get("review"))
