@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model.data import Rows
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
 from pipelines import environment
+from pipelines.audit import audit
 from pipelines.params import Training, UserError
 from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
@@ -65,7 +67,17 @@ def fit(
             raise UserError(_advice(stage, error, names)) from None
     _write_curve(curve, [_shown(record, device) for record in history])
     run.when_finished(store.clear)
-    return _metrics(net.config, config, history, device)
+    return _metrics(net.config, config, history, device) | {"audit": _audit(run)}
+
+
+def _audit(run: Run) -> dict[str, Any] | None:
+    """What of NVIDIA this process has loaded by now, also as a tag; None on a system that does not tell."""
+    try:
+        found = audit()
+    except ValueError:
+        return None
+    run.tag(**{"audit.nvidia": ", ".join(found.nvidia_libraries) or "none loaded"})
+    return asdict(found)
 
 
 def checkpoint_key(params: Training, inputs: dict[str, str]) -> str:

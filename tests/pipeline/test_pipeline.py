@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipelines import stage
+
 STAGES = ["fetch", "clean", "contracts", "encode", "pretrain", "finetune", "baselines", "evaluate", "export", "review"]
 
 
@@ -107,6 +109,14 @@ def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> N
     assert refused.returncode == 2 and "export parity" in refused.stderr
     assert "`dvc status` names export" in refused.stderr
     export.write_text(sound)
+
+    training = project.folder / "reports/pretrain.json"
+    sound = json.loads(training.read_text())
+    assert sound["audit"]["libraries"] > 5 and not sound["audit"]["nvidia_libraries"]
+    training.write_text(json.dumps(sound | {"audit": sound["audit"] | {"nvidia_libraries": ["/lib/libcuda.so.1"]}}))
+    refused = project.run("shovel", "promote", check=False)
+    assert refused.returncode == 2 and "no NVIDIA part (pretrain loaded libcuda.so.1" in refused.stderr
+    stage.write_json(training, sound)
 
     project.run("shovel", "promote")
     assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 1
