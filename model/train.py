@@ -88,7 +88,7 @@ def train(
     net.to(device).train()
     make = muon if config.optimizer == "muon" else adamw
     optimizer = make(net, config.learning_rate, config.weight_decay)
-    history = _resume(net, optimizer, store)
+    history = _resume(net, optimizer, store, device)
     for step, record in enumerate(history):
         report(step, record)
     for step in range(len(history), config.steps):
@@ -102,7 +102,7 @@ def train(
         history.append(record)
         report(step, record)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            store.save(step + 1, _state(net, optimizer, history))
+            store.save(step + 1, _state(net, optimizer, history, device))
     return history
 
 
@@ -166,23 +166,27 @@ def _health(net: MoETransformer, statistics: dict[str, Tensor]) -> Record:
     return record
 
 
-def _state(net: MoETransformer, optimizer: torch.optim.Optimizer, history: list[Record]) -> dict[str, Any]:
+def _state(
+    net: MoETransformer, optimizer: torch.optim.Optimizer, history: list[Record], device: torch.device
+) -> dict[str, Any]:
     return {
         "net": net.state_dict(),
         "optimizer": optimizer.state_dict(),
         "history": history,
-        "random": torch.get_rng_state(),
+        "random": devices.random_state(device),
     }
 
 
-def _resume(net: MoETransformer, optimizer: torch.optim.Optimizer, store: CheckpointStore) -> list[Record]:
+def _resume(
+    net: MoETransformer, optimizer: torch.optim.Optimizer, store: CheckpointStore, device: torch.device
+) -> list[Record]:
     """Load the newest sound checkpoint; returns the records of the steps it has behind it."""
     state = store.latest()
     if state is None:
         return []
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
+    devices.restore_random_state(device, state["random"])
     return state["history"]
 
 

@@ -1,15 +1,15 @@
 """Is any NVIDIA part in use? The libraries that a process has loaded, and the distributions that are installed.
 
-`python -m pipelines.audit [--json] [--pid N]` audits this Python after importing torch, or process N; exit code 1 when
-something was found. A stage calls `audit()` at its end and keeps the result beside its metrics.
+`shovel audit [--json] [--pid N] [--sbom FILE]` audits this Python after importing torch, or process N; exit code 1 when
+something was found. The training stages call `audit()` at their end and keep it as `audit` in reports/pretrain.json and
+reports/finetune.json, and as the tag `audit.nvidia` of their runs; while `policy.no_nvidia` holds, no model is promoted
+whose training loaded one of NVIDIA's libraries.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -55,23 +55,11 @@ def audit(pid: int | str = "self") -> Audit:
     return Audit(nvidia, [name for name in installed if DISTRIBUTION.fullmatch(name)], len(libraries), len(installed))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print one sentence or JSON; 1 when an NVIDIA part was found."""
-    parser = argparse.ArgumentParser(prog="audit", description="Is any NVIDIA part loaded or installed?")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
-    parser.add_argument("--pid", help="a process; this one, after importing torch, when none is given")
-    options = parser.parse_args(arguments)
-    if options.pid is None:
-        __import__("torch")
-    found = audit(options.pid or "self")
-    if options.json:
-        print(json.dumps(asdict(found) | {"free": found.free}, indent=2))
-    else:
-        what = ", ".join(found.nvidia_libraries + found.nvidia_distributions)
-        looked = f"{found.libraries} loaded libraries, {found.distributions} installed distributions"
-        print(f"audit      {looked}: {f'NVIDIA parts: {what}' if what else 'no NVIDIA part'}")
-    return int(not found.free)
+def as_json(found: Audit) -> str:
+    return json.dumps(asdict(found) | {"free": found.free}, indent=2)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def sentence(found: Audit) -> str:
+    what = ", ".join(found.nvidia_libraries + found.nvidia_distributions)
+    looked = f"{found.libraries} loaded libraries, {found.distributions} installed distributions"
+    return f"audit      {looked}: {f'NVIDIA parts: {what}' if what else 'no NVIDIA part'}"

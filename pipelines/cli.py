@@ -89,7 +89,7 @@ def demo() -> None:
     version = register_version(params.register_, RELEASE, REPORTS)
     typer.echo(f"register   {version.name} version {version.version}, digest {version.tags['digest'][:12]}", err=True)
     try:
-        outcome = promote_version(params.register_, RELEASE, REPORTS, int(version.version))
+        outcome = promote_version(params, RELEASE, REPORTS, int(version.version))
         word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
         typer.echo(f"promote    version {version.version} {word}", err=True)
     except UserError as error:
@@ -133,14 +133,15 @@ def promote(version: Annotated[int | None, typer.Argument(help="the challenger w
     from pipelines.params import load_params
     from pipelines.register import promote as promote_version
 
-    params = load_params(PARAMS).register_
+    params = load_params(PARAMS)
+    name = params.register_.name
     record = promote_version(params, RELEASE, REPORTS, version)
     if record.get("unchanged"):
-        typer.echo(f"{params.name} version {record['version']} is the champion already")
+        typer.echo(f"{name} version {record['version']} is the champion already")
         return
     for gate in record["gates"]:
         typer.echo(f"holds  {gate['name']}: {gate['what']}")
-    typer.echo(f"{params.name} version {record['version']} is the champion now; the record is in {REPORTS}/releases")
+    typer.echo(f"{name} version {record['version']} is the champion now; the record is in {REPORTS}/releases")
 
 
 @app.command()
@@ -183,6 +184,41 @@ def review() -> None:
         raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
     typer.echo(page.resolve().as_uri())
     webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the JSON into this file as well")] = None,
+) -> None:
+    """Is this machine ready? Ends with 1 when something fails, and says what to change."""
+    from pipelines.doctor import examine, show
+
+    raise typer.Exit(show(examine(), as_json, output))
+
+
+@app.command()
+def audit(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a sentence")] = False,
+    pid: Annotated[int | None, typer.Option(help="a process; this one, with torch, when none is given")] = None,
+    sbom: Annotated[Path | None, typer.Option(help="write a bill of materials (CycloneDX) into this file")] = None,
+) -> None:
+    """Is an NVIDIA part loaded or installed? Ends with 1 when one is."""
+    from pipelines import audit as audits
+    from pipelines.params import UserError
+
+    if pid is None:
+        __import__("torch")
+    try:
+        found = audits.audit(pid or "self")
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    typer.echo(audits.as_json(found) if as_json else audits.sentence(found))
+    if sbom:
+        from pipelines.sbom import write
+
+        typer.echo(f"sbom       {sbom}: {write(sbom, found)} distributions", err=True)
+    raise typer.Exit(int(not found.free))
 
 
 @app.command()
@@ -260,11 +296,13 @@ def _summary(seconds: float) -> None:
     low, high = base["ci95"]
     bits = {name: f"{report['bits_per_byte']:.3f}" for name, report in (("base", base), ("chat", chat))}
     total, active = trained["parameters"] / 1e6, trained["active_parameters"] / 1e6
+    emulated = trained["emulated"] or tuned["emulated"]
+    time_of_training = "place on an emulated device" if emulated else f"{trained['seconds'] + tuned['seconds']:.0f} s"
     typer.echo(
         f"""
 A mixture of experts, {total:.1f} M parameters of which {active:.1f} M work on a token,
 pretrained on {trained["tokens"] / 1e6:.1f} M tokens of {text}
-and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {trained["seconds"] + tuned["seconds"]:.0f} s.
+and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {time_of_training}.
 
   bits per held-out byte   base {bits["base"]} (95 %: {low:.3f} to {high:.3f}), chat {bits["chat"]}
   the same bytes           xz {base["baselines"]["xz"]:.3f}, 5-gram byte model {base["baselines"]["five_gram"]:.3f}

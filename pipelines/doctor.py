@@ -1,8 +1,9 @@
 """Is this machine ready? One line per part with ok, warn or fail, and for every fail what to change.
 
-`python -m pipelines.doctor [--json] [--output FILE]` needs nothing but Python, so it works where the installation does
-not. Exit code 1 when something fails. With --output the result is a file that a DVC stage can depend on: it holds what
-was found and no time of day. Which CANN belongs to which torch_npu is data, in compatibility.json.
+`shovel doctor [--json] [--output FILE]`; as `python -m pipelines.doctor` it needs nothing but Python, so it works where
+the installation does not. Exit code 1 when something fails. With --output the result is a file that a DVC stage can
+depend on: it holds what was found and no time of day. Which CANN belongs to which torch_npu is data, in
+compatibility.json.
 """
 
 from __future__ import annotations
@@ -278,11 +279,15 @@ def main(arguments: list[str] | None = None, examine: Callable[[], list[Line]] =
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", type=Path, help="write the JSON into this file as well")
     options = parser.parse_args(arguments)
-    lines = examine()
+    return show(examine(), options.json, options.output)
+
+
+def show(lines: list[Line], as_json: bool, output: Path | None) -> int:
+    """Print the table or JSON, write the JSON into `output` as well; 1 when something fails."""
     content = json.dumps([asdict(line) for line in lines], indent=2)
-    if options.output:
-        options.output.write_text(content + "\n")
-    print(content if options.json else table(lines))
+    if output:
+        output.write_text(content + "\n")
+    print(content if as_json else table(lines))
     return int(any(line.state == FAIL for line in lines))
 
 

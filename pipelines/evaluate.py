@@ -23,7 +23,7 @@ from moe_kernels import device as devices
 from model.generate import generate
 from model.score import diagnose, score, window_tokens
 from model.transformer import MoETransformer
-from pipelines import models, stage
+from pipelines import environment, models, stage
 from pipelines.corpus import dialogues, heldout
 from pipelines.encode import BOS, EOS, load_encoder
 from pipelines.finetune import mark_assistant
@@ -50,6 +50,8 @@ def evaluate(
     variant: `base` is shown `params.prompts`, `chat` answers `params.questions`. languages: of the dialogues scored.
     """
     devices.prepare()
+    if run:
+        run.tag(**environment.tags(devices.default()))
     net = models.load(folder, made_by="finetune" if variant == "chat" else "pretrain")
     encoder = load_encoder(folder)
     table = heldout(clean, params.max_bytes)

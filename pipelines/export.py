@@ -16,7 +16,7 @@ import torch
 
 from model.hf import save_pretrained
 from model.transformer import MoETransformer
-from pipelines import models, stage
+from pipelines import environment, models, stage
 from pipelines.corpus import documents
 from pipelines.encode import BOS, load_encoder
 from pipelines.params import Export, UserError
@@ -28,6 +28,7 @@ TEXTS, TOKENS = 8, 256  # held-out documents compared, tokens of each
 
 def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) -> dict[str, Any]:
     """Write `release` from `tuned`; raises `UserError` when transformers' logits differ by more than the limit."""
+    run.tag(**environment.tags(torch.device("cpu")))
     net = models.load(tuned, made_by="finetune")
     with stage.replacing(release) as fresh:
         save_pretrained(net, fresh, tokenizer=tuned)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from moe_kernels import device as devices
 
 from pipelines import repository, stage, tracking
 from pipelines.params import load_params
 
 PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "mlflow", "dvc", "great-expectations", "numpy", "pandas")
 RAW = Path("data/raw")
+TRAINING = ("pretrain", "finetune")  # the stages that make weights
 
 
 def facts(reports: Path) -> dict[str, Any]:
@@ -31,9 +31,23 @@ def facts(reports: Path) -> dict[str, Any]:
         "seeds": {"pretrain": params.pretrain.seed, "finetune": params.finetune.seed},
         "packages": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "device": devices.name(devices.default()),
+        "device": trained_on(reports)["device.name"],
         "sources": sources(RAW),
     }
+
+
+def trained_on(reports: Path) -> dict[str, str]:
+    """Device type and name of the training stages, and whether one of them was emulated: tags of a version."""
+    trained = [stage.read_json(reports / f"{name}.json", made_by=name) for name in TRAINING]
+    return {
+        "device": _joined(report["device"] for report in trained),
+        "device.name": _joined(report["device_name"] for report in trained),
+        "emulated": str(any(report["emulated"] for report in trained)).lower(),
+    }
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def sources(raw: Path) -> list[dict[str, Any]]:

@@ -156,6 +156,10 @@ class Register(Section):
     margin_bits_per_byte: float = Field(0.02, ge=0, description="a challenger may be worse than the champion by this")
 
 
+class Policy(Section):
+    no_nvidia: bool = Field(True, description="no model is promoted whose training loaded an NVIDIA library")
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -168,6 +172,7 @@ class Params(Section):
     evaluate: Evaluate
     export: Export
     register_: Register = Field(alias="register")
+    policy: Policy
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

@@ -16,7 +16,7 @@ from model.transformer import build
 from pipelines import stage
 from pipelines.params import Pretrain, UserError
 from pipelines.tracking import Run
-from pipelines.training import fit
+from pipelines.training import fit, speed
 
 TOKENS, BASE, CURVE = Path("data/tokens"), Path("data/models/base"), Path("reports/plots/pretrain.csv")
 
@@ -39,7 +39,7 @@ def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) 
     stage.say(
         f"pretrain   {metrics['parameters'] / 1e6:.1f} M weights ({metrics['active_parameters'] / 1e6:.1f} M active), "
         f"{metrics['tokens'] / 1e6:.1f} M tokens ({epochs:.1f} epochs); loss {metrics['loss_first']:.2f} -> "
-        f"{metrics['loss_last']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+        f"{metrics['loss_last']:.2f}, {speed(metrics)}"
     )
     return metrics | {"epochs": epochs}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import lineage, repository, stage, tracking
-from pipelines.params import Register, UserError, load_params
+from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
@@ -55,17 +55,18 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     return version
 
 
-def gates(params: Register, reports: Path, champion_bits: float | None) -> list[Gate]:
+def gates(params: Params, reports: Path, champion_bits: float | None) -> list[Gate]:
     """The conditions that the reports decide. champion_bits: bits per byte of the live model, None without one."""
+    margin = params.register_.margin_bits_per_byte
     contracts = stage.read_json(reports / "contracts.json", made_by="contracts")
     export = stage.read_json(reports / "export.json", made_by="export")
     bits = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")["bits_per_byte"]
     held = sum(expectation["success"] for expectation in contracts["expectations"])
-    limit = math.inf if champion_bits is None else champion_bits + params.margin_bits_per_byte
+    limit = math.inf if champion_bits is None else champion_bits + margin
     against = (
         "there is no champion to compare with"
         if champion_bits is None
-        else f"the champion has {champion_bits:.3f}, the margin is {params.margin_bits_per_byte:g}"
+        else f"the champion has {champion_bits:.3f}, the margin is {margin:g}"
     )
     return [
         Gate("data contracts", contracts["success"], f"{held} of {len(contracts['expectations'])} expectations hold"),
@@ -75,24 +76,41 @@ def gates(params: Register, reports: Path, champion_bits: float | None) -> list[
             f"logits differ from transformers' by {export['max_logit_difference']:.1e}, limit {export['limit']:.0e}",
         ),
         Gate("not worse than the champion", bits <= limit, f"{bits:.3f} bits per byte held out; {against}"),
+        *([_no_nvidia(reports)] if params.policy.no_nvidia else []),
     ]
 
 
-def promote(params: Register, release: Path, reports: Path, version: int | None = None) -> dict[str, Any]:
+def _no_nvidia(reports: Path) -> Gate:
+    """Whether training loaded no library of NVIDIA, by what its stages recorded."""
+    trained = {name: stage.read_json(reports / f"{name}.json", made_by=name) for name in lineage.TRAINING}
+    audits = {name: report.get("audit") for name, report in trained.items()}
+    found = [
+        f"{name} loaded {Path(library).name}"
+        for name, audit in audits.items()
+        for library in (audit or {}).get("nvidia_libraries", [])
+    ]
+    found += [f"{name} could not tell what it loaded" for name, audit in audits.items() if audit is None]
+    fix = "train elsewhere or set `policy.no_nvidia: false`"
+    what = f"{', '.join(found)}; {fix}" if found else f"{' and '.join(audits)} loaded none"
+    return Gate("no NVIDIA part", not found, what)
+
+
+def promote(params: Params, release: Path, reports: Path, version: int | None = None) -> dict[str, Any]:
     """Make a version (the challenger, when none is named) the champion; returns the release record.
 
     Raises `UserError` that names every gate which does not hold; nothing is moved then.
     """
     client = tracking.connect()
-    chosen = _chosen(client, params.name, version)
-    live = tracking.version_behind(client, params.name, CHAMPION)
+    name = params.register_.name
+    chosen = _chosen(client, name, version)
+    live = tracking.version_behind(client, name, CHAMPION)
     if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
     found = [*gates(params, reports, bits_of(live)), *_promotion_gates(chosen, release)]
     if failed := [gate for gate in found if not gate.passed]:
         reasons = "; ".join(f"{gate.name} ({gate.what})" for gate in failed)
-        raise UserError(f"version {chosen.version} of {params.name} was not promoted: {reasons}.")
-    return _move(client, params.name, reports, chosen, live, "promote", found)
+        raise UserError(f"version {chosen.version} of {name} was not promoted: {reasons}.")
+    return _move(client, name, reports, chosen, live, "promote", found)
 
 
 def rollback(params: Register, reports: Path) -> dict[str, Any]:
@@ -184,6 +202,7 @@ def _create(
         "bits_per_byte": repr(chat["bits_per_byte"]),
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
+        **lineage.trained_on(reports),
         "lineage": json.dumps(facts | {"digests": digests}, ensure_ascii=False),
     }
     review = tracking.find_run(client, facts["runs"].get("review"))

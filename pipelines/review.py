@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from model.config import ModelConfig, count_parameters
 from pipelines import lineage, pages, register, stage
-from pipelines.params import Register
+from pipelines.params import Params, Register
 from pipelines.tracking import Run
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
@@ -30,17 +30,17 @@ COLOURS = ("#245a8d", "#c0622f", "#8a94a0")
 SHOWN_LANGUAGES = 15
 
 
-def review(params: Register, release: Path, reports: Path, page: Path, run: Run | None = None) -> dict[str, Any]:
+def review(params: Params, release: Path, reports: Path, page: Path, run: Run | None = None) -> dict[str, Any]:
     """Write `page`; returns how many gates hold, and the distance to the champion where there is one."""
     content = _reports(reports)
-    champion, note = _champion(params)
+    champion, note = _champion(params.register_)
     gates = register.gates(params, reports, champion.get("bits_per_byte"))
     facts = lineage.facts(reports)
     config = ModelConfig.from_dict(json.loads((release / "config.json").read_text(encoding="utf-8")))
     pages.write(
         page,
         "review.html.j2",
-        name=params.name,
+        name=params.register_.name,
         gates=gates,
         champion=champion,
         champion_note=note,
@@ -175,4 +175,4 @@ def _load(load: dict[str, list[float]]) -> Figure:
 
 
 if __name__ == "__main__":
-    stage.main("review", lambda params, run: review(params.register_, RELEASE, REPORTS, PAGE, run))
+    stage.main("review", lambda params, run: review(params, RELEASE, REPORTS, PAGE, run))

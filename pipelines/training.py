@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from model.config import ModelConfig, count_parameters, flops_per_token
 from model.data import Rows
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
+from pipelines import environment
+from pipelines.audit import audit
 from pipelines.params import Training, UserError
 from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
@@ -50,22 +53,32 @@ def fit(
     if resumed:
         run.resume(key)
         say(f"{stage:<10} continues from {resumed.name}")
-    run.tag(checkpoint_key=key, device=devices.name(device))
+    run.tag(checkpoint_key=key, **environment.tags(device))
     fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
     config = TrainConfig(**fields)
     with progress(stage, config.steps) as advance:
 
         def report(step: int, record: Record) -> None:
-            run.log({f"train/{name}": value for name, value in record.items()}, step)
+            run.log({f"train/{name}": value for name, value in _shown(record, device).items()}, step)
             advance(1, _live(net.config, config, record, device))
 
         try:
             history = train(net, rows, config, store, device, report)
         except DivergedError as error:
             raise UserError(_advice(stage, error, names)) from None
-    _write_curve(curve, history)
+    _write_curve(curve, [_shown(record, device) for record in history])
     run.when_finished(store.clear)
-    return _metrics(net.config, config, history, device)
+    return _metrics(net.config, config, history, device) | {"audit": _audit(run)}
+
+
+def _audit(run: Run) -> dict[str, Any] | None:
+    """What of NVIDIA this process has loaded by now, also as a tag; None on a system that does not tell."""
+    try:
+        found = audit()
+    except ValueError:
+        return None
+    run.tag(**{"audit.nvidia": ", ".join(found.nvidia_libraries) or "none loaded"})
+    return asdict(found)
 
 
 def checkpoint_key(params: Training, inputs: dict[str, str]) -> str:
@@ -80,10 +93,22 @@ def checkpoint_key(params: Training, inputs: dict[str, str]) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
+def _shown(record: Record, device: torch.device) -> Record:
+    """What may be told of a step: no speed where the device is emulated."""
+    return {name: value for name, value in record.items() if name != "tokens_per_s" or not environment.emulated(device)}
+
+
 def _live(model: ModelConfig, config: TrainConfig, record: Record, device: torch.device) -> str:
+    if environment.emulated(device):
+        return f"loss {record['loss']:.3f}  emulated"
     speed = record["tokens_per_s"]
     share = share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device)
     return f"loss {record['loss']:.3f}  {speed:,.0f} tokens/s  {share:.1%} of peak"
+
+
+def speed(metrics: dict[str, Any]) -> str:
+    """Of a training, in words, from its metrics."""
+    return f"on {metrics['device_name']}" if metrics["emulated"] else f"{metrics['tokens_per_s']:,.0f} tokens/s"
 
 
 def _advice(stage: str, error: DivergedError, names: Sequence[str]) -> str:
@@ -102,7 +127,7 @@ def _write_curve(path: Path, history: list[Record]) -> None:
 
 
 def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
-    """First and last of each loss (mean of ten steps), size, speed (median step), and how experts were used.
+    """First and last of each loss (mean of ten steps), size, how experts were used, and, on real devices, speed.
 
     max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
     expert that took no token.
@@ -111,7 +136,6 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
     losses = {name: float(table[name].tail(10).mean()) for name in table.columns if name.endswith("_loss")}
     idle = (table["min_load_over_mean"].iloc[config.warmup_steps :] == 0).sum()
     total, active = count_parameters(model)
-    speed = float(table["tokens_per_s"].median())
     return {
         "steps": config.steps,
         "tokens": int(table["tokens"].sum()),
@@ -122,6 +146,17 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "idle_experts": int(idle),
         "parameters": total,
         "active_parameters": active,
+        "device": device.type,
+        "device_name": devices.name(device),
+        "emulated": environment.emulated(device),
+        **({} if environment.emulated(device) else _speed(model, config, table, device)),
+    }
+
+
+def _speed(model: ModelConfig, config: TrainConfig, table: pd.DataFrame, device: torch.device) -> dict[str, float]:
+    """tokens_per_s of the median step, its share of the device's peak, seconds of all steps."""
+    speed = float(table["tokens_per_s"].median())
+    return {
         "tokens_per_s": speed,
         "share_of_peak": share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device),
         "seconds": float((table["tokens"] / table["tokens_per_s"]).sum()),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipelines import stage
+
 STAGES = ["fetch", "clean", "contracts", "encode", "pretrain", "finetune", "baselines", "evaluate", "export", "review"]
 
 
@@ -48,6 +50,9 @@ def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, 
     pretrain = runs["pretrain"]
     assert pretrain.data.params["steps"] == "12" and pretrain.data.tags["dvc.stage"] == "pretrain"
     assert pretrain.data.tags["git.baseline"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
+    computed = [runs[name] for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat", "export")]
+    assert {(run.data.tags["device"], run.data.tags["emulated"]) for run in computed} == {("cpu", "false")}
+    assert all(json.loads(run.data.tags["kernels"])["attention"] == "reference" for run in computed)
     lock = (project.folder / "dvc.lock").read_text()
     assert pretrain.data.tags["dvc.dep.data/tokens"] in lock
     assert runs["fetch"].data.tags["dvc.dep.data/sources.yaml"] in lock
@@ -87,6 +92,7 @@ def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> N
     assert len(versions) == 1
     weights = digest(project.folder / "data/models/release/model.safetensors")
     assert json.loads(versions[0].tags["lineage"])["digests"]["model.safetensors"] == weights
+    assert (versions[0].tags["device"], versions[0].tags["emulated"]) == ("cpu", "false")
     source = client.list_artifacts(versions[0].run_id)
     assert "review.html" in {file.path for file in source}
     assert int(client.get_model_version_by_alias("shovel-demo", "challenger").version) == 1
@@ -103,6 +109,14 @@ def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> N
     assert refused.returncode == 2 and "export parity" in refused.stderr
     assert "`dvc status` names export" in refused.stderr
     export.write_text(sound)
+
+    training = project.folder / "reports/pretrain.json"
+    sound = json.loads(training.read_text())
+    assert sound["audit"]["libraries"] > 5 and not sound["audit"]["nvidia_libraries"]
+    training.write_text(json.dumps(sound | {"audit": sound["audit"] | {"nvidia_libraries": ["/lib/libcuda.so.1"]}}))
+    refused = project.run("shovel", "promote", check=False)
+    assert refused.returncode == 2 and "no NVIDIA part (pretrain loaded libcuda.so.1" in refused.stderr
+    stage.write_json(training, sound)
 
     project.run("shovel", "promote")
     assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 1

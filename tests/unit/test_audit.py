@@ -1,16 +1,26 @@
-"""The audit finds NVIDIA's parts by name, in a process that has them loaded, and nothing else."""
+"""The audit finds NVIDIA's parts by name, in a process that has them loaded; a gate and a bill of parts use it."""
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from typer.testing import CliRunner
 
-from pipelines import audit
+from pipelines import audit, register, sbom
+from pipelines.audit import Audit
+from pipelines.cli import app
 
 NVIDIA = ["libcuda.so.1", "libcudart.so.12", "libcublasLt.so.12", "libcudnn_ops.so.9", "libnccl.so.2", "libnvrtc.so.12",
           "libtorch_cuda.so", "libc10_cuda.so", "libcudart-a7b20f20.so.12"]  # fmt: skip
+CLEAN = Audit([], [], 90, 200)
+runner = CliRunner()
 OTHER = [
     "libc.so.6",
     "libtorch_cpu.so",
@@ -53,7 +63,7 @@ def test_a_loaded_library_is_found_in_another_process(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         found = audit.audit(process.pid)
-        assert audit.main(["--pid", str(process.pid)]) == 1
+        assert runner.invoke(app, ["audit", "--pid", str(process.pid)]).exit_code == 1
         process.communicate("")
     assert found.nvidia_libraries == [str(tmp_path / "libcudart.so.12")] and not found.free
 
@@ -61,3 +71,48 @@ def test_a_loaded_library_is_found_in_another_process(tmp_path: Path) -> None:
 def test_a_process_that_does_not_exist_is_said_so() -> None:
     with pytest.raises(ValueError, match="a process that runs"):
         audit.audit(2**22 + 1)
+
+
+def test_the_command_prints_json_and_ends_with_zero_where_nothing_is_found() -> None:
+    done = runner.invoke(app, ["audit", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["free"]
+
+
+@pytest.mark.parametrize(
+    ("finetune", "passed", "what"),
+    [
+        (asdict(CLEAN), True, "pretrain and finetune loaded none"),
+        (
+            asdict(CLEAN) | {"nvidia_libraries": ["/lib/libcudart.so.12"]},
+            False,
+            "finetune loaded libcudart.so.12; train",
+        ),
+        (asdict(CLEAN) | {"nvidia_distributions": ["nvidia-ml-py"]}, True, "loaded none"),
+        (None, False, "finetune could not tell"),
+    ],
+)
+def test_the_gate_reads_what_the_training_stages_recorded(tmp_path: Path, finetune, passed: bool, what: str) -> None:
+    for name, found in (("pretrain", asdict(CLEAN)), ("finetune", finetune)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"audit": found}))
+    gate = register._no_nvidia(tmp_path)
+    assert gate.passed == passed and what in gate.what
+
+
+def test_the_bill_of_materials_is_valid_and_lists_what_is_installed(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["audit", "--sbom", str(tmp_path / "sbom.json")])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "sbom.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    parts = {part["purl"]: part for part in json.loads(text)["components"]}
+    theirs = {(d.metadata["Name"].lower(), d.version) for d in distributions()} - {("shovel", "0.1.0")}
+    assert {(part["name"].lower(), part["version"]) for part in parts.values()} <= theirs
+    assert len(parts) == len({name for name, _ in theirs}) and "pkg:pypi/typer@" in " ".join(parts)
+    licensed = sum(bool(part.get("licenses")) for part in parts.values())
+    assert licensed > len(parts) / 2
+
+
+def test_the_bill_says_what_the_audit_found(tmp_path: Path) -> None:
+    sbom.write(tmp_path / "sbom.json", Audit(["/lib/libcuda.so.1"], [], 1, 1))
+    properties = json.loads((tmp_path / "sbom.json").read_text())["metadata"]["properties"]
+    found = {entry["name"]: entry["value"] for entry in properties}
+    assert found == {"shovel:nvidia_free": "false", "shovel:nvidia_library": "/lib/libcuda.so.1"}

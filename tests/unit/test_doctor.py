@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from pipelines import doctor
+from pipelines.cli import app
 from pipelines.doctor import FAIL, OK, WARN, Chip, Line
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,13 @@ def test_every_fail_says_what_to_change_and_the_exit_code_follows(tmp_path: Path
     assert json.loads(capsys.readouterr().out)[0]["mend"] == "mend it"
     assert [line["state"] for line in json.loads(file.read_text())] == [OK, WARN]
     assert all(line.mend for line in doctor.examine() if line.state == FAIL)
+
+
+def test_the_command_is_the_same_table() -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    lines = json.loads(done.stdout)
+    assert {line["part"] for line in lines} >= {"python", "torch", "driver", "disk"}
+    assert done.exit_code == int(any(line["state"] == FAIL for line in lines))
 
 
 def test_it_works_with_nothing_installed() -> None:

@@ -96,3 +96,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path: Path) -> 
         train(net, Counting(), CONFIG, CheckpointStore(tmp_path), CPU, lambda step, record: None)
     assert caught.value.step == 0 and caught.value.documents == [0, 1, 2, 3] and caught.value.checkpoint is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_random_numbers_of_the_device_are_part_of_a_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, stop_after=3)
+    state = CheckpointStore(tmp_path).latest()
+    assert state is not None and torch.equal(state["random"]["cpu"], torch.get_rng_state())
