@@ -25,6 +25,7 @@ from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
 from pipelines.tracking import Run
 
+COLUMNS = ("loss", "mtp_loss", "balance_loss", "indexer_loss", "max_load_over_mean", "min_load_over_mean")
 CODE = ("model", "kernels/moe_kernels")
 SOURCES = (".py", ".cpp", ".h")
 
@@ -123,7 +124,12 @@ def _advice(stage: str, error: DivergedError, names: Sequence[str]) -> str:
 
 def _write_curve(path: Path, history: list[Record]) -> None:
     with replacing(path) as fresh:
-        pd.DataFrame(history).rename_axis("step").reset_index().to_csv(fresh, index=False, float_format="%.6g")
+        _table(history).rename_axis("step").reset_index().to_csv(fresh, index=False, float_format="%.6g")
+
+
+def _table(history: list[Record]) -> pd.DataFrame:
+    """One row a step; figures that this model does not have are empty columns, so that every plot finds its own."""
+    return pd.DataFrame(history, columns=list(dict.fromkeys([*COLUMNS, *history[0], *history[-1]])))
 
 
 def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
@@ -132,8 +138,8 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
     max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
     expert that took no token.
     """
-    table = pd.DataFrame(history)
-    losses = {name: float(table[name].tail(10).mean()) for name in table.columns if name.endswith("_loss")}
+    table = _table(history)
+    losses = {name: float(table[name].tail(10).mean()) for name in history[-1] if name.endswith("_loss")}
     idle = (table["min_load_over_mean"].iloc[config.warmup_steps :] == 0).sum()
     total, active = count_parameters(model)
     return {
@@ -142,7 +148,7 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "loss_first": float(table["loss"].head(10).mean()),
         "loss_last": float(table["loss"].tail(10).mean()),
         **losses,
-        "max_load_over_mean": float(table["max_load_over_mean"].tail(10).mean()),
+        "max_load_over_mean": float(table["max_load_over_mean"].tail(10).fillna(0).mean()),
         "idle_experts": int(idle),
         "parameters": total,
         "active_parameters": active,
