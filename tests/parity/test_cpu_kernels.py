@@ -345,23 +345,35 @@ def test_without_a_compiler_the_reference_computes_and_one_warning_says_so(tmp_p
     assert "Traceback" not in trouble
 
 
+def compiler(folder: Path, text: str) -> str:
+    """A search path on which g++ is this shell script."""
+    script = folder / "bin" / "g++"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\n{text}\n")
+    script.chmod(0o755)
+    return f"{script.parent}{os.pathsep}/bin"
+
+
 def test_a_compiler_that_fails_is_reported_in_one_sentence(tmp_path: Path) -> None:
-    compiler = tmp_path / "bin" / "g++"
-    compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\necho 'fatal error: out of stars' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    said, trouble = probe(tmp_path, PATH=f"{compiler.parent}{os.pathsep}/bin").communicate(timeout=120)
+    path = compiler(tmp_path, "echo 'fatal error: out of stars' >&2; exit 1")
+    said, trouble = probe(tmp_path, PATH=path).communicate(timeout=120)
     assert said.startswith("{'reference'}")
     assert "out of stars" in said
     assert "Traceback" not in trouble
 
 
-def test_two_processes_build_at_once_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
-    """A file stands where the folder of the cache would be; both take the one among temporary files."""
-    blocked = tmp_path / "blocked"
+def test_of_two_processes_one_builds_and_where_the_cache_cannot_be_written_among_temporary_files(
+    tmp_path: Path,
+) -> None:
+    """A file stands where the folder of the cache would be. The compiler takes 0.2 s, and copies what is built."""
+    blocked, calls = tmp_path / "blocked", tmp_path / "calls"
     blocked.write_text("")
-    both = [probe(tmp_path, XDG_CACHE_HOME=str(blocked)) for _ in range(2)]
+    copy = f'sleep 0.2; echo >> {calls}; while [ "$1" != -o ]; do shift; done; cp {library.library()} "$2"'
+    path = compiler(tmp_path, copy)
+    both = [probe(tmp_path, XDG_CACHE_HOME=str(blocked), PATH=path) for _ in range(2)]
     for process in both:
         said, trouble = process.communicate(timeout=300)
         assert said.strip() == "{'cpu'} []", trouble
     assert len(list(tmp_path.glob("shovel-kernels-*/*.so"))) == 1
+    sources = list(library.HERE.glob("*.cpp"))
+    assert calls.read_text().count("\n") == len(sources) + 1
