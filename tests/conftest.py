@@ -33,7 +33,10 @@ SMALL = {
     "clean": {"heldout_percent": 15.0},
     "contracts": {"min_documents": 10, "max_overlap_rate": 0.3, "max_secret_rate": 0.5},
     "encode": {"vocab_size": 400},
-    "pretrain": {"steps": 12, "batch_tokens": 256, "sequence_length": 64, "warmup_steps": 2, "checkpoint_every": 2},
+    "pretrain": {
+        "steps": 12, "batch_tokens": 256, "start_batch_tokens": 128, "batch_ramp_steps": 3, "sequence_length": 64,
+        "warmup_steps": 2, "dense_attention_steps": 2, "checkpoint_every": 2,
+    },
     "finetune": {"steps": 6, "batch_tokens": 256, "sequence_length": 64, "checkpoint_every": 2},
     "evaluate": {"sequence_length": 64, "max_bytes": 20_000, "sample_tokens": 4},
 }
