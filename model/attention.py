@@ -7,7 +7,7 @@ Q = N + R, V value channels, C latent channels. DeepSeek-V2, arXiv 2405.04434, s
 from __future__ import annotations
 
 import torch
-from moe_kernels import rotate
+from moe_kernels import attention, rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +49,12 @@ class LatentAttention(nn.Module):
             self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1)).split([self.nope, self.v_head_dim], dim=-1)
         )
         k_BTHR = key_BTR.to(k_BTHN.dtype).unsqueeze(2).expand(-1, -1, self.heads, -1)
-        out_BSHV = _attend(q_BSHQ, torch.cat([k_BTHN, k_BTHR], dim=-1), v_BTHV, mask, self.scale)
+        k_BTHQ = torch.cat([k_BTHN, k_BTHR], dim=-1)
+        if mask is None:
+            documents_BS = None if context.one_document else context.first_BS
+            out_BSHV = attention(q_BSHQ, k_BTHQ, v_BTHV, self.scale, documents_BS)
+        else:
+            out_BSHV = _attend(q_BSHQ, k_BTHQ, v_BTHV, mask, self.scale)
         return self.o_proj(out_BSHV.flatten(2))
 
     def _queries(self, x_BSD: Tensor, turn: Rotation) -> Tensor:
@@ -57,10 +62,10 @@ class LatentAttention(nn.Module):
         return rotate(q.unflatten(-1, (self.heads, -1)), *turn)
 
     def _with_past(self, kept_BSX: Tensor, context: Context, layer: str) -> tuple[Tensor, Tensor | None]:
-        """(latents and rotated keys of past and present [B, T, C + R], additive mask or None for plain causal)."""
+        """(latents and rotated keys of past and present [B, T, C + R], additive mask; None where there is no past)."""
         cache = context.cache
         if cache is None:
-            return kept_BSX, context.causal_mask()
+            return kept_BSX, None
         real_BS = (
             torch.ones_like(context.positions_BS, dtype=torch.bool) if context.real_BS is None else context.real_BS
         )
@@ -70,10 +75,10 @@ class LatentAttention(nn.Module):
         return kept_BTX, mask.unsqueeze(1)
 
 
-def _attend(q_BSHQ: Tensor, k_BTHQ: Tensor, v_BTHV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attend(q_BSHQ: Tensor, k_BTHQ: Tensor, v_BTHV: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax attention -> [B, S, H, V]. Values are padded to Q channels: fused CPU kernels need one head size."""
     width = v_BTHV.shape[-1]
     v_BTHQ = F.pad(v_BTHV, (0, q_BSHQ.shape[-1] - width))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q_BSHQ, k_BTHQ, v_BTHQ))
-    out_BHSQ = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    out_BHSQ = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out_BHSQ.transpose(1, 2)[..., :width]

@@ -99,10 +99,6 @@ class Context:
         """The complete blocks of `rate` tokens."""
         return self._once(("blocks", rate), lambda: self._blocks(rate))
 
-    def causal_mask(self) -> Tensor | None:
-        """Additive mask [B, 1, S, S] fp32 inside documents; None: every row is one document, plain causal attention."""
-        return self._once("causal", self._causal_mask)
-
     def window_mask(self) -> Tensor:
         """Whether each token sees the W tokens before its chunk of W and those in it, [B or 1, S, 2 W] bool."""
         return self._once("window", self._window_mask)
@@ -124,16 +120,6 @@ class Context:
         same_BST = self.first_BS.gather(1, first_BT)[:, None] == self.first_BS[:, :, None]
         visible_BST = exists_BT[:, None] & same_BST & (first_BT[:, None] + rate <= index_S[:, None] + 1)
         return Blocks(first_BT, self.positions_BS.gather(1, first_BT), visible_BST)
-
-    def _causal_mask(self) -> Tensor | None:
-        if self.one_document:
-            return None
-        index_S = torch.arange(self.first_BS.shape[1], device=self.first_BS.device)
-        allowed = (index_S <= index_S[:, None]) & (self.first_BS[:, None] <= index_S) & self._same_document()
-        return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, float("-inf")).unsqueeze(1)
-
-    def _same_document(self) -> Tensor:
-        return self.first_BS[:, :, None] == self.first_BS[:, None, :]
 
     def _window_mask(self) -> Tensor:
         window, length = self.config.sliding_window, self.first_BS.shape[1]

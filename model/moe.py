@@ -135,7 +135,7 @@ class MixtureOfExperts(nn.Module):
         if context.real_BS is not None:
             chosen_TE, share_TE = (x * context.real_BS.reshape(-1, 1) for x in (chosen_TE, share_TE))
         context.note("expert_load", chosen_TE.sum(dim=0).to(torch.int64))
-        entropy_T = torch.special.entr(share_TE.detach()).sum(dim=-1)
+        entropy_T = -torch.xlogy(share_TE.detach(), share_TE.detach()).sum(dim=-1)
         context.note("router_entropy", entropy_T.sum() / _tokens(context))
         if self.training and not isinstance(self.gate, HashRouter):
             context.note("balance_loss", balance_loss(chosen_TE, share_TE, context))

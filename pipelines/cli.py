@@ -222,6 +222,23 @@ def audit(
 
 
 @app.command()
+def passport() -> None:
+    """Are the numbers of this device right? Compares them with the reference; ends with 1 when one is off."""
+    from moe_kernels import device as devices
+
+    from pipelines.passport import FILE, PAGE, failed
+    from pipelines.passport import passport as compare
+
+    device = devices.default()
+    content = compare(device, FILE, PAGE)
+    wrong, number = failed(content), len(content["entries"])
+    typer.echo(f"passport   {devices.name(device)}: {number - len(wrong)} of {number} comparisons pass; {PAGE}")
+    if wrong:
+        typer.echo(f"passport   outside the tolerance: {', '.join(wrong)}")
+    raise typer.Exit(int(bool(wrong)))
+
+
+@app.command()
 def ui(port: int = 5000) -> None:
     """The MLflow server on 127.0.0.1, one worker; prints the address of the training view."""
     from pipelines.tracking import ui_address, ui_command

@@ -37,11 +37,12 @@ def facts(reports: Path) -> dict[str, Any]:
 
 
 def trained_on(reports: Path) -> dict[str, str]:
-    """Device type and name of the training stages, and whether one of them was emulated: tags of a version."""
+    """Device type, name and passport of the training stages, and whether one was emulated: tags of a version."""
     trained = [stage.read_json(reports / f"{name}.json", made_by=name) for name in TRAINING]
     return {
         "device": _joined(report["device"] for report in trained),
         "device.name": _joined(report["device_name"] for report in trained),
+        "passport": _joined(report["passport"] for report in trained),
         "emulated": str(any(report["emulated"] for report in trained)).lower(),
     }
 

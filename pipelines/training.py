@@ -48,6 +48,7 @@ def fit(
     """
     devices.prepare()
     device = devices.default()
+    environment.distrust(device)
     key = checkpoint_key(params, inputs)
     store = CheckpointStore(root() / ".checkpoints" / stage / key)
     resumed = store.latest_path()
@@ -155,6 +156,7 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "device": device.type,
         "device_name": devices.name(device),
         "emulated": environment.emulated(device),
+        "passport": environment.passport(device),
         **({} if environment.emulated(device) else _speed(model, config, table, device)),
     }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.dispatch import chosen, implementation, reference_only
+from moe_kernels.dispatch import chosen, implementation, reference_only, withhold
 from moe_kernels.reference.adamw import AdamW, AdamWState
 from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
 
@@ -40,6 +40,7 @@ __all__ = [
     "swiglu",
     "unpermute",
     "window_attention",
+    "withhold",
 ]
 
 

@@ -3,8 +3,9 @@
 A backend is a folder beside `reference/` with the same file names: `cpu/`, `npu/` for tensors on Ascend. A backend of
 compiled code has a file `library`, whose `load()` says whether the code is there. A file of a backend may say in
 `NEEDS` which operators it calls, with the arguments that it passes; when this installation's operator lacks one of
-them, the reference computes instead and a warning says so, once. `reference_only` forces the reference everywhere. A
-compiled graph keeps the choice that was made when it was compiled.
+them, the reference computes instead and a warning says so, once. `reference_only` forces the reference everywhere,
+`withhold` for operations whose numbers were found to be wrong. A compiled graph keeps the choice that was made when it
+was compiled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -56,6 +57,18 @@ FUNCTIONS = {
 _forced = False  # of the whole process: backward passes and recomputation run in threads of their own
 
 
+_withheld: set[tuple[str, str]] = set()  # (operation, device type)
+
+
+def withhold(operations: Iterable[str], device_type: str) -> None:
+    """From here on the reference computes these operations for such a device; a warning names them."""
+    found = {(name, device_type) for name in operations} - _withheld
+    _withheld.update(found)
+    if found:
+        names = ", ".join(sorted(name for name, _ in found))
+        warnings.warn(f"the reference computes {names} on {device_type}: they did not pass the passport", stacklevel=2)
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Inside, every operation is computed by the reference, on whatever device its tensors are."""
@@ -80,7 +93,9 @@ def chosen(device: torch.device) -> dict[str, str]:
 @torch.compiler.assume_constant_result
 def backend_of(operation: str, device_type: str) -> str:
     """The device's own backend if this installation has what it needs and nothing forces the reference."""
-    return "reference" if _forced or device_type not in BACKENDS else _probe(operation, device_type)
+    if _forced or device_type not in BACKENDS or (operation, device_type) in _withheld:
+        return "reference"
+    return _probe(operation, device_type)
 
 
 @cache

@@ -34,7 +34,7 @@ EXPRESSIONS = [
     "i & 3", "i | 3", "i ^ 3", "i & i.t().reshape(4, 6)", "i | i.flip(0)", "i ^ i.flip(0)", "m & n", "m | n", "m ^ n",
     "m.clone().logical_and_(n)", "m.clone().logical_or_(n)", "m.clone().logical_not_()", "i.clone().bitwise_not_()",
     "i.clone().bitwise_and_(i.flip(0))", "i.clone().bitwise_and_(3)", "i.clone().bitwise_or_(3)",
-    "x.clone().floor_divide_(p)", "p.clone().pow_(1.5)", "i.clone().bitwise_or_(i.flip(0))",
+    "x.clone().floor_divide_(p)", "p.clone().pow_(1.5)", "torch.xlogy(p, p)", "i.clone().bitwise_or_(i.flip(0))",
     "2.0 ** x", "1 - x", "torch.rsub(x, 2.0, alpha=0.5)", "torch.lerp(x, y, 0.3)", "torch.lerp(x, y, z)",
     "x.clone().lerp_(y, 0.3)", "x.clone().lerp_(y, z)",
     "torch.addcmul(x, y, z, value=0.5)", "torch.addcdiv(x, y, p, value=0.5)", "x.clone().addcmul_(y, z, value=0.5)",

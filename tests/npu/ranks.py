@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from model import build
 from model.data import batch
+from model.losses import losses_of
 from model.optim import adamw
-from model.train import loss_of
 
 Check = Callable[[int, int, Path], None]
 
@@ -114,7 +114,7 @@ def expert_parallel(rank: int, size: int, _: Path) -> None:
 def sharded_net(size: int) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    net = build(training.SMALL, seed=0).npu()
+    net = build(training.V3, seed=0).npu()
     mesh = init_device_mesh("npu", (size,))
     for block in net.model.layers:
         fully_shard(block, mesh=mesh)
@@ -126,7 +126,8 @@ def steps(net: torch.nn.Module, rank: int, size: int, count: int, on: str = "npu
     optimizer, losses, share = adamw(net, 1e-2, 0.1), [], 4 // size
     for step in range(count):
         rows = batch(training.Documents(), step * 4 + rank * share, share)
-        loss, _ = loss_of(net, rows, "float32", torch.device(on))
+        tensors = (tensor.to(on) for tensor in (rows.input_ids, rows.targets, rows.document_ids))
+        loss = losses_of(net, *tensors, sparse=True)[0]["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()

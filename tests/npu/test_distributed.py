@@ -49,7 +49,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if torch.accelerator.device_count() < request.param:
         pytest.skip(f"needs {request.param} devices")
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    curve = steps(build(training.SMALL, seed=0), 0, 1, 4, on="cpu")
+    curve = steps(build(training.V3, seed=0), 0, 1, 4, on="cpu")
     (folder / "expected.json").write_text(json.dumps(curve))
     processes = start(request.param, folder, SOUND)
     errors = finish(processes, timeout_s=300)

@@ -5,53 +5,52 @@ from __future__ import annotations
 import moe_kernels
 import pytest
 import torch
-import training
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import model.attention
-import model.moe
-import model.norm
-import model.train
-import model.transformer
 from model import ModelConfig
+from model.block import Block
+from model.context import Context
+from model.precision import autocast
 
-PATCHED = [
-    (model.norm.RMSNorm, "forward"), (model.moe.SwiGLU, "forward"), (model.moe.Router, "forward"),
-    (model.moe.MixtureOfExperts, "forward"),
-    (model.attention, "rotate"), (model.attention, "_attend"), (model.transformer, "_mask"),
-    (model.train, "cross_entropy"),
-]  # fmt: skip
+TOKENS = 4096
 
 
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in PATCHED:
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they come back after the test
-    training.use_fused_operations()
-
-
-def test_a_full_size_layer_of_deepseek_v3_runs_both_ways(fused: None) -> None:
-    """256 experts, 11.5 billion parameters, 4,096 tokens in bfloat16."""
-    config, tokens = ModelConfig.preset("v3-671b"), 4096
+def both_ways(config: ModelConfig, layer: int) -> None:
+    """Forward and backward of a full-size layer of fp32 weights over one row, under autocast to bfloat16."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device("npu"):
-                block = model.transformer.Block(config, layer=config.first_k_dense_replace)
-        finally:
-            torch.set_default_dtype(before)
-        assert sum(parameter.numel() for parameter in block.parameters()) == pytest.approx(11.5e9, rel=0.01)
-        x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, device="npu", requires_grad=True)
-        angles = torch.empty(1, tokens, 1, config.qk_rope_head_dim // 2, device="npu")
-        documents = torch.empty(1, tokens, dtype=torch.int64, device="npu")
-        y, load_E = block(x, (angles, angles), documents, None)
-        y.sum().backward()
-    assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.bfloat16, "npu")
-    assert load_E.shape == (config.n_routed_experts,)
+        with torch.device("npu"):
+            block = Block(config, layer)
+        experts = 3 * config.n_routed_experts * config.moe_intermediate_size * config.hidden_size
+        assert experts < sum(parameter.numel() for parameter in block.parameters()) < 1.1 * experts
+        shape = (1, TOKENS, *([config.hc_mult] if config.is_v4 else []), config.hidden_size)
+        x = torch.empty(shape, device="npu", requires_grad=True)
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="npu")
+        context = Context(config, ids, torch.zeros_like(ids))
+        with autocast("bfloat16", x.device):
+            y = block(x, context, "layer")
+        losses = [note[0] for name, note in context.statistics.items() if name.endswith("_loss")]
+        (y.float().sum() + sum(losses)).backward()
+    assert (y.shape, y.device.type) == (x.shape, "npu")
+    assert context.statistics["expert_load"][0].shape == (config.n_routed_experts,)
     for name, parameter in block.named_parameters():
         assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name
     assert torch.accelerator.memory_allocated() < 1 << 20
+
+
+def test_a_full_size_layer_of_deepseek_v3_runs_both_ways() -> None:
+    """256 experts, 11.5 billion parameters, 4,096 tokens."""
+    config = ModelConfig.preset("v3-671b")
+    both_ways(config, config.first_moe_layer)
+
+
+@pytest.mark.parametrize("preset", ["v4-flash", "v4-pro"])
+def test_a_full_size_layer_of_each_type_of_deepseek_v4_runs_both_ways(preset: str) -> None:
+    """One for each pair of attention and feed-forward that the model has."""
+    config = ModelConfig.preset(preset)
+    kinds = {pair: n for n, pair in enumerate(zip(config.layer_types, config.mlp_layer_types, strict=True))}
+    assert len(kinds) >= 3, kinds
+    for layer in kinds.values():
+        both_ways(config, layer)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -25,8 +25,8 @@ def window_attention(
     window = window_BSK.shape[-1] // 2
     short = -length % window
     q_BSHD = F.pad(q_BSHD, (0, 0, 0, 0, 0, short))
-    kv_BKD = F.pad(kv_BSD, (0, 0, window, short))
-    chunks_CKD = kv_BKD.unfold(1, 2 * window, window).transpose(2, 3).flatten(0, 1)
+    kv_BnWD = F.pad(kv_BSD, (0, 0, window, short)).unflatten(1, (-1, window))
+    chunks_CKD = torch.cat([kv_BnWD[:, :-1], kv_BnWD[:, 1:]], dim=2).flatten(0, 1)
     q_CSD = q_BSHD.reshape(len(chunks_CKD), window * heads, width)
     near_BSHK = torch.bmm(q_CSD, chunks_CKD.mT).view(rows, -1, heads, 2 * window)[:, :length]
     far_BSHT = _far(q_BSHD[:, :length], entries_BTD)
