@@ -25,7 +25,15 @@ from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
 from pipelines.tracking import Run
 
-COLUMNS = ("loss", "mtp_loss", "balance_loss", "indexer_loss", "max_load_over_mean", "min_load_over_mean")
+COLUMNS = (
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "indexer_loss",
+    "max_load_over_mean",
+    "min_load_over_mean",
+    "tokens_per_s",
+)
 CODE = ("model", "kernels/moe_kernels")
 SOURCES = (".py", ".cpp", ".h")
 

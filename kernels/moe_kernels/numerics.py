@@ -238,6 +238,14 @@ def _cross_entropy() -> list[Case]:
     ]
 
 
+def _cross_entropy_with_gradient() -> list[Case]:
+    def call(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.tensor(0.25, device=logits.device)
+        return moe_kernels.cross_entropy_with_gradient(logits.detach(), targets, scale)
+
+    return [Case(case.name, call, case.inputs) for case in _cross_entropy()]
+
+
 def _window_inputs(cached: bool) -> list[Any]:
     """30 tokens in chunks of 8, 5 entries of which a token sees those of its past."""
     rows, length, window, entries = 2, 30, 8, 5
@@ -301,6 +309,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "attention": _attention,
     "cached_window_attention": _cached_window_attention,
     "cross_entropy": _cross_entropy,
+    "cross_entropy_with_gradient": _cross_entropy_with_gradient,
     "expert_load": _expert_load,
     "experts": _experts,
     "grouped_matmul": _grouped_matmul,

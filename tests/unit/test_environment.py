@@ -52,4 +52,4 @@ def test_a_real_training_tells_its_speed() -> None:
 
 def test_the_curve_of_an_emulated_training_has_no_speed(on_an_emulated_npu: None, tmp_path) -> None:
     training._write_curve(tmp_path / "curve.csv", [training._shown(RECORD, NPU)])
-    assert "tokens_per_s" not in pd.read_csv(tmp_path / "curve.csv")
+    assert pd.read_csv(tmp_path / "curve.csv")["tokens_per_s"].isna().all()  # the plot finds an empty column
