@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
 @contextmanager
 def exits(label: str) -> Iterator[None]:
     """Turn a person's mistakes into one sentence and an exit code; put back what DVC removed before a failed stage."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     warnings.formatwarning = lambda message, *_, **__: f"{label}: {message}\n"
     try:
         yield
@@ -68,6 +70,15 @@ def exits(label: str) -> Iterator[None]:
             raise
     print(f"{label}: {found[0]}", file=sys.stderr)
     sys.exit(found[1])
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(*_: Any) -> None:
+    """Ctrl-C, remembered: where a callback that forgets exceptions swallows it, the next `advance` raises it again."""
+    _interrupted.set()
+    raise KeyboardInterrupt
 
 
 def advice(error: BaseException) -> tuple[str, int] | None:
@@ -185,4 +196,10 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
     quiet = not console.is_terminal
     with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True, disable=quiet) as bars:
         task = bars.add_task(description, total=total, text="")
-        yield lambda amount=1, text="": bars.update(task, advance=amount, **({"text": text} if text else {}))
+
+        def advance(amount: float = 1, text: str = "") -> None:
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
+            bars.update(task, advance=amount, **({"text": text} if text else {}))
+
+        yield advance

@@ -8,7 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from mlflow import MlflowClient
 
 from model.checkpoint import CheckpointStore
 from model.train import take_step
-from pipelines import tracking
+from pipelines import stage, tracking
 from pipelines.params import UserError, load_params
 from pipelines.pretrain import BASE, TOKENS, pretrain
 
@@ -84,6 +87,23 @@ def test_the_run_of_a_killed_training_is_continued(longer) -> None:
 def client_of(project) -> MlflowClient:
     uri = f"sqlite:///{project.folder}/.mlflow/mlflow.db"
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def test_an_interrupt_that_a_callback_forgot_comes_again(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(stage, "_interrupted", threading.Event())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    formatwarning = warnings.formatwarning
+    try:
+        with pytest.raises(SystemExit) as ended, stage.exits("pretrain"), stage.progress("pretrain", 2) as advance:
+            advance()
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            advance()
+    finally:
+        warnings.formatwarning = formatwarning
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 130 and "pretrain: interrupted" in capsys.readouterr().err
 
 
 def test_ctrl_c_puts_the_previous_output_back(longer) -> None:
