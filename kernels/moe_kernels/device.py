@@ -26,10 +26,6 @@ from torch import Tensor
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 COLLECTIVES = {"npu": "hccl", "mlu": "cncl", "musa": "mccl", "sdaa": "tccl", "cuda": "nccl", "cpu": "gloo"}
 PLUGINS = {"npu": "torch_npu", "mlu": "torch_mlu", "musa": "torch_musa", "sdaa": "torch_sdaa"}
-DETERMINISM = {  # device -> what its libraries read from the environment when they start
-    "npu": {"HCCL_DETERMINISTIC": "true"},
-    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-}
 
 
 @dataclass(frozen=True)
@@ -118,12 +114,6 @@ def restore_random_state(device: torch.device, state: dict[str, Tensor]) -> None
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and "device" in state:
         torch.get_device_module(device).set_rng_state(state["device"], device)
-
-
-def be_deterministic(device: torch.device) -> None:
-    """Equal inputs give equal bits from here on; call it before the first operator. Slower on accelerators."""
-    os.environ.update(DETERMINISM.get(device.type, {}))
-    torch.use_deterministic_algorithms(True, warn_only=device.type not in ("cpu", "cuda", "npu"))
 
 
 def threads() -> int:
