@@ -31,7 +31,6 @@ QUIET = [
     "ignore::DeprecationWarning:torch_npu",
     "ignore::UserWarning:torch_npu",
     "ignore::ImportWarning",
-    "ignore:.*_npu_moe_token_unpermute.*may not alias any inputs:UserWarning",  # torch.compile about torch_npu's own
     "ignore:.*should not be instantiated:DeprecationWarning",  # torch.compile about autograd functions, every one
 ]
 
