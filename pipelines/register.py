@@ -8,16 +8,14 @@ every gate holds and leaves a release record in reports/releases; `rollback` tak
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import lineage, repository, stage, tracking
+from pipelines import digests, gates, lineage, repository, stage, tracking
 from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
@@ -25,15 +23,6 @@ if TYPE_CHECKING:
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One condition of a promotion, and what was found, as a sentence."""
-
-    name: str
-    passed: bool
-    what: str
 
 
 def register(params: Register, release: Path, reports: Path) -> ModelVersion:
@@ -45,54 +34,14 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     if os.environ.get("DVC_EXP_NAME"):
         raise UserError("experiments register nothing; apply the best one (`dvc exp apply`), commit, then register.")
     client = tracking.connect()
-    digests = file_digests(release)
-    digest = folder_digest(digests)
+    files = digests.of_files(release)
+    digest = digests.combined(files)
     tracking.create_model(client, params.name, "The review page of a version says why it exists.")
     known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
-    version = known[0] if known else _create(client, params, release, reports, digests)
+    version = known[0] if known else _create(client, params, release, reports, files)
     if int(version.version) != number(client, params.name, CHAMPION):
         client.set_registered_model_alias(params.name, CHALLENGER, version.version)
     return version
-
-
-def gates(params: Params, reports: Path, champion_bits: float | None) -> list[Gate]:
-    """The conditions that the reports decide. champion_bits: bits per byte of the live model, None without one."""
-    margin = params.register_.margin_bits_per_byte
-    contracts = stage.read_json(reports / "contracts.json", made_by="contracts")
-    export = stage.read_json(reports / "export.json", made_by="export")
-    bits = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")["bits_per_byte"]
-    held = sum(expectation["success"] for expectation in contracts["expectations"])
-    limit = math.inf if champion_bits is None else champion_bits + margin
-    against = (
-        "there is no champion to compare with"
-        if champion_bits is None
-        else f"the champion has {champion_bits:.3f}, the margin is {margin:g}"
-    )
-    return [
-        Gate("data contracts", contracts["success"], f"{held} of {len(contracts['expectations'])} expectations hold"),
-        Gate(
-            "export parity",
-            export["passed"] and export["max_logit_difference"] <= export["limit"],
-            f"logits differ from transformers' by {export['max_logit_difference']:.1e}, limit {export['limit']:.0e}",
-        ),
-        Gate("not worse than the champion", bits <= limit, f"{bits:.3f} bits per byte held out; {against}"),
-        *([_no_nvidia(reports)] if params.policy.no_nvidia else []),
-    ]
-
-
-def _no_nvidia(reports: Path) -> Gate:
-    """Whether training loaded no library of NVIDIA, by what its stages recorded."""
-    trained = {name: stage.read_json(reports / f"{name}.json", made_by=name) for name in lineage.TRAINING}
-    audits = {name: report.get("audit") for name, report in trained.items()}
-    found = [
-        f"{name} loaded {Path(library).name}"
-        for name, audit in audits.items()
-        for library in (audit or {}).get("nvidia_libraries", [])
-    ]
-    found += [f"{name} could not tell what it loaded" for name, audit in audits.items() if audit is None]
-    fix = "train elsewhere or set `policy.no_nvidia: false`"
-    what = f"{', '.join(found)}; {fix}" if found else f"{' and '.join(audits)} loaded none"
-    return Gate("no NVIDIA part", not found, what)
 
 
 def promote(params: Params, release: Path, reports: Path, version: int | None = None) -> dict[str, Any]:
@@ -106,7 +55,10 @@ def promote(params: Params, release: Path, reports: Path, version: int | None = 
     live = tracking.version_behind(client, name, CHAMPION)
     if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
-    found = [*gates(params, reports, bits_of(live)), *_promotion_gates(chosen, release)]
+    found = [
+        *gates.of_reports(params, reports, bits_of(live)),
+        *gates.of_working_tree(chosen.tags.get("digest"), release),
+    ]
     if failed := [gate for gate in found if not gate.passed]:
         reasons = "; ".join(f"{gate.name} ({gate.what})" for gate in failed)
         raise UserError(f"version {chosen.version} of {name} was not promoted: {reasons}.")
@@ -134,29 +86,12 @@ def champion_folder(params: Register, release: Path) -> Path:
     live = tracking.version_behind(tracking.connect(), params.name, CHAMPION)
     if live is None:
         raise UserError(f"{params.name} has no champion yet; `make demo` makes one, `shovel promote` chooses one.")
-    if folder_digest(file_digests(release)) != live.tags.get("digest"):
+    if digests.of_folder(release) != live.tags.get("digest"):
         raise UserError(
             f"{release} is not what version {live.version}, the champion, was registered with; bring it back with "
             f"`git checkout {live.tags.get('git.commit', '')[:12]} dvc.lock && dvc checkout {release}`."
         )
     return release
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file, by name; raises `UserError` when the folder is not there."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is missing; `dvc repro` makes it, `dvc pull` fetches it.")
-    digests = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as opened:
-            digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
-
-
-def folder_digest(digests: dict[str, str]) -> str:
-    """One digest for all of them: of the lines that `sha256sum` would print, sorted by name."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -188,7 +123,7 @@ def _chosen(client: MlflowClient, name: str, version: int | None) -> ModelVersio
 
 
 def _create(
-    client: MlflowClient, params: Register, release: Path, reports: Path, digests: dict[str, str]
+    client: MlflowClient, params: Register, release: Path, reports: Path, files: dict[str, str]
 ) -> ModelVersion:
     chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
     if stale := repository.stale_stages():
@@ -196,14 +131,14 @@ def _create(
             f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
         )
     facts = lineage.facts(reports)
-    digest = folder_digest(digests)
+    digest = digests.combined(files)
     tags = {
         "digest": digest,
         "bits_per_byte": repr(chat["bits_per_byte"]),
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
         **lineage.trained_on(reports),
-        "lineage": json.dumps(facts | {"digests": digests}, ensure_ascii=False),
+        "lineage": json.dumps(facts | {"digests": files}, ensure_ascii=False),
     }
     review = tracking.find_run(client, facts["runs"].get("review"))
     return client.create_model_version(
@@ -229,19 +164,6 @@ def _description(chat: dict[str, Any], digest: str) -> str:
     )
 
 
-def _promotion_gates(chosen: ModelVersion, release: Path) -> list[Gate]:
-    """What can change after the reports were written: the working tree, the folder, and the reports themselves."""
-    loose = repository.uncommitted_sources()
-    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
-    same = folder_digest(file_digests(release)) == chosen.tags.get("digest")
-    stale = repository.stale_stages()
-    return [
-        Gate("everything committed but dvc.lock and reports/", not loose, state),
-        Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
-        Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}"),
-    ]
-
-
 def _move(
     client: MlflowClient,
     name: str,
@@ -249,7 +171,7 @@ def _move(
     chosen: ModelVersion,
     live: ModelVersion | None,
     action: str,
-    found: list[Gate],
+    found: list[gates.Gate],
 ) -> dict[str, Any]:
     """Move the aliases and leave the release record, which is returned; an existing one is never overwritten."""
     now = datetime.now(UTC)

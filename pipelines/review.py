@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from model.config import ModelConfig, count_parameters
-from pipelines import lineage, pages, register, stage
+from pipelines import digests, gates, lineage, pages, register, stage
 from pipelines.params import Params, Register
 from pipelines.tracking import Run
 
@@ -34,20 +34,20 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
     """Write `page`; returns how many gates hold, and the distance to the champion where there is one."""
     content = _reports(reports)
     champion, note = _champion(params.register_)
-    gates = register.gates(params, reports, champion.get("bits_per_byte"))
+    found = gates.of_reports(params, reports, champion.get("bits_per_byte"))
     facts = lineage.facts(reports)
     config = ModelConfig.from_dict(json.loads((release / "config.json").read_text(encoding="utf-8")))
     pages.write(
         page,
         "review.html.j2",
         name=params.register_.name,
-        gates=gates,
+        gates=found,
         champion=champion,
         champion_note=note,
         model=_model(config),
         licences=sorted(Counter(source["licence"] for source in facts["sources"]).items()),
         facts=facts,
-        digest=register.folder_digest(register.file_digests(release)),
+        digest=digests.of_folder(release),
         figures=_figures(content, reports / "plots"),
         health=_health(content["base"]["health"], content["chat"]["health"]),
         languages=_top_languages(content["base"]["by_language"], content["chat"]["by_language"]),
@@ -57,11 +57,11 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
     if run:
         for file in (page, *sorted((reports / "plots").glob("*.csv"))):
             run.artifact(file, "plots" if file.suffix == ".csv" else "")
-    held = sum(gate.passed for gate in gates)
-    stage.say(f"review     {page}: {held} of {len(gates)} gates hold")
+    held = sum(gate.passed for gate in found)
+    stage.say(f"review     {page}: {held} of {len(found)} gates hold")
     bits = content["chat"]["bits_per_byte"]
     delta = {"bits_per_byte_minus_champion": bits - champion["bits_per_byte"]} if champion else {}
-    return {"gates_passed": held, "gates_total": len(gates)} | delta
+    return {"gates_passed": held, "gates_total": len(found)} | delta
 
 
 def _reports(reports: Path) -> dict[str, Any]:

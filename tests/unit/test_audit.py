@@ -13,7 +13,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from typer.testing import CliRunner
 
-from pipelines import audit, register, sbom
+from pipelines import audit, gates, sbom
 from pipelines.audit import Audit
 from pipelines.cli import app
 
@@ -94,7 +94,7 @@ def test_the_command_prints_json_and_ends_with_zero_where_nothing_is_found() -> 
 def test_the_gate_reads_what_the_training_stages_recorded(tmp_path: Path, finetune, passed: bool, what: str) -> None:
     for name, found in (("pretrain", asdict(CLEAN)), ("finetune", finetune)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"audit": found}))
-    gate = register._no_nvidia(tmp_path)
+    gate = gates._no_nvidia(tmp_path)
     assert gate.passed == passed and what in gate.what
 
 

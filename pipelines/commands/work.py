@@ -1,0 +1,169 @@
+"""Commands of the daily work: check, change scale, run, look."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands import PARAMS, PRESETS, RELEASE, REPORTS, SOURCES
+
+
+def check() -> None:
+    """Read params.yaml and data/sources.yaml and say what is wrong with them."""
+    from model.schedule import first_row
+    from pipelines.params import load_params
+    from pipelines.sources import load_sources
+
+    params, sources = load_params(PARAMS), load_sources(SOURCES)
+    typer.echo(f"{PARAMS} is fine; {SOURCES} is fine: {len(sources)} sources ({', '.join(s.name for s in sources)})")
+    train = params.pretrain
+    start = train.start_batch_tokens or train.batch_tokens
+    total = first_row(train.steps, train.batch_tokens, start, train.batch_ramp_steps)  # of rows of one token
+    typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {train.steps:,} steps")
+
+
+def use(preset: Annotated[str, typer.Argument(help="demo or laptop")]) -> None:
+    """Rewrite params.yaml for another scale; git shows the change."""
+    from pipelines.params import UserError, load_params
+
+    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if preset not in known:
+        raise UserError(f"no preset is called {preset!r}; choose one of {', '.join(known)}.")
+    load_params(PRESETS / f"{preset}.yaml")
+    shutil.copyfile(PRESETS / f"{preset}.yaml", PARAMS)
+    typer.echo(f"{PARAMS} is now the preset {preset}; see `git diff {PARAMS}`, then `shovel run`")
+
+
+def run(stages: Annotated[list[str] | None, typer.Argument(help="stages; all when none is named")] = None) -> None:
+    """Run what changed (`dvc repro`) and tie the runs to commit and hashes."""
+    check()
+    _repro(stages or [])
+    link()
+
+
+def demo() -> None:
+    """From raw text to a promoted model, and a short summary."""
+    start = time.monotonic()
+    check()
+    _repro([])
+    from pipelines.lineage import link as link_runs
+    from pipelines.params import UserError, load_params
+    from pipelines.register import promote as promote_version
+    from pipelines.register import register as register_version
+
+    params = load_params(PARAMS)
+    link_runs(REPORTS)
+    version = register_version(params.register_, RELEASE, REPORTS)
+    typer.echo(f"register   {version.name} version {version.version}, digest {version.tags['digest'][:12]}", err=True)
+    try:
+        outcome = promote_version(params, RELEASE, REPORTS, int(version.version))
+        word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
+        typer.echo(f"promote    version {version.version} {word}", err=True)
+    except UserError as error:
+        typer.echo(f"promote    {error}", err=True)
+    _summary(time.monotonic() - start)
+
+
+def link() -> None:
+    """Tie MLflow runs to the commit and the hashes in dvc.lock: after a commit, and after an outage of the server."""
+    from pipelines.lineage import link as link_runs
+
+    done = link_runs(REPORTS)
+    extra = [f"{done[key]} {what}" for key, what in (("delivered", "delivered late"), ("reaped", "ended")) if done[key]]
+    typer.echo(f"link       {done['linked']} runs{', ' + ', '.join(extra) if extra else ''}", err=True)
+
+
+def accept() -> None:
+    """Make the present data the reference that later data is compared with (reports/profile.json, for git)."""
+    from pipelines.contracts import ACCEPTED, CHAT, CLEAN
+    from pipelines.contracts import accept as accept_profile
+
+    sources = accept_profile(CLEAN, CHAT, ACCEPTED)
+    typer.echo(f"{ACCEPTED} now describes {', '.join(sources)}; commit it")
+
+
+def status() -> None:
+    """What would run, which version is live, and the last figures."""
+    from pipelines.params import load_params
+    from pipelines.register import status as registry_status
+
+    params = load_params(PARAMS)
+    done = subprocess.run([*_dvc(), "status"], capture_output=True, text=True, check=False)
+    typer.echo(done.stdout.strip() or done.stderr.strip())
+    found = registry_status(params.register_)
+    for alias, entry in found.items():
+        bits = f", {entry['bits_per_byte']:.3f} bits per byte" if entry["bits_per_byte"] is not None else ""
+        typer.echo(f"{alias}: {params.register_.name} version {entry['version']}{bits}")
+    if not found:
+        typer.echo(f"{params.register_.name} has no version yet; `make demo` makes one")
+
+
+def review() -> None:
+    """Open the review page of the last model in a browser."""
+    import webbrowser
+
+    from pipelines.params import UserError
+
+    page = REPORTS / "review.html"
+    if not page.exists():
+        raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
+    typer.echo(page.resolve().as_uri())
+    webbrowser.open(page.resolve().as_uri())
+
+
+def _dvc() -> list[str]:
+    return [sys.executable, "-m", "dvc"]
+
+
+def _repro(stages: list[str]) -> None:
+    """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
+    start = time.monotonic()
+    code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
+    if code:
+        typer.echo(f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what is named above", err=True)
+        raise typer.Exit(2 if code == 255 else abs(code))
+    typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Exit code; Ctrl-C reaches the whole group, and the child is given the time to put things back."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _summary(seconds: float) -> None:
+    """What was made, in the fewest lines."""
+    from pipelines.lineage import RAW, sources
+    from pipelines.stage import read_json
+
+    def report(name: str) -> dict[str, Any]:
+        return read_json(REPORTS / f"{name}.json", made_by=name.split("-")[0])
+
+    trained, tuned, base, chat = (report(name) for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat"))
+    text = ", ".join(f"{s['name']} ({s['bytes'] / 1e6:.1f} MB)" for s in sources(RAW) if s["use"] == "pretrain")
+    low, high = base["ci95"]
+    bits = {name: f"{report['bits_per_byte']:.3f}" for name, report in (("base", base), ("chat", chat))}
+    total, active = trained["parameters"] / 1e6, trained["active_parameters"] / 1e6
+    emulated = trained["emulated"] or tuned["emulated"]
+    time_of_training = "place on an emulated device" if emulated else f"{trained['seconds'] + tuned['seconds']:.0f} s"
+    typer.echo(
+        f"""
+A mixture of experts, {total:.1f} M parameters of which {active:.1f} M work on a token,
+pretrained on {trained["tokens"] / 1e6:.1f} M tokens of {text}
+and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {time_of_training}.
+
+  bits per held-out byte   base {bits["base"]} (95 %: {low:.3f} to {high:.3f}), chat {bits["chat"]}
+  the same bytes           xz {base["baselines"]["xz"]:.3f}, 5-gram byte model {base["baselines"]["five_gram"]:.3f}
+  review page              {(REPORTS / "review.html").resolve()}
+  this command             {seconds:.0f} s
+
+Next: make ui (runs and registry), make lab (notebooks), make serve (chat with it)"""
+    )

@@ -1,0 +1,72 @@
+"""The gates of a promotion: conditions that the reports decide, and those of the working tree at that moment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines import digests, lineage, repository, stage
+from pipelines.params import Params
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition of a promotion, and what was found, as a sentence."""
+
+    name: str
+    passed: bool
+    what: str
+
+
+def of_reports(params: Params, reports: Path, champion_bits: float | None) -> list[Gate]:
+    """The conditions that the reports decide. champion_bits: bits per byte of the live model, None without one."""
+    margin = params.register_.margin_bits_per_byte
+    contracts = stage.read_json(reports / "contracts.json", made_by="contracts")
+    export = stage.read_json(reports / "export.json", made_by="export")
+    bits = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")["bits_per_byte"]
+    held = sum(expectation["success"] for expectation in contracts["expectations"])
+    limit = math.inf if champion_bits is None else champion_bits + margin
+    against = (
+        "there is no champion to compare with"
+        if champion_bits is None
+        else f"the champion has {champion_bits:.3f}, the margin is {margin:g}"
+    )
+    return [
+        Gate("data contracts", contracts["success"], f"{held} of {len(contracts['expectations'])} expectations hold"),
+        Gate(
+            "export parity",
+            export["passed"] and export["max_logit_difference"] <= export["limit"],
+            f"logits differ from transformers' by {export['max_logit_difference']:.1e}, limit {export['limit']:.0e}",
+        ),
+        Gate("not worse than the champion", bits <= limit, f"{bits:.3f} bits per byte held out; {against}"),
+        *([_no_nvidia(reports)] if params.policy.no_nvidia else []),
+    ]
+
+
+def _no_nvidia(reports: Path) -> Gate:
+    """Whether training loaded no library of NVIDIA, by what its stages recorded."""
+    trained = {name: stage.read_json(reports / f"{name}.json", made_by=name) for name in lineage.TRAINING}
+    audits = {name: report.get("audit") for name, report in trained.items()}
+    found = [
+        f"{name} loaded {Path(library).name}"
+        for name, audit in audits.items()
+        for library in (audit or {}).get("nvidia_libraries", [])
+    ]
+    found += [f"{name} could not tell what it loaded" for name, audit in audits.items() if audit is None]
+    fix = "train elsewhere or set `policy.no_nvidia: false`"
+    what = f"{', '.join(found)}; {fix}" if found else f"{' and '.join(audits)} loaded none"
+    return Gate("no NVIDIA part", not found, what)
+
+
+def of_working_tree(digest: str | None, release: Path) -> list[Gate]:
+    """What can change after the reports were written: the working tree, the folder, and the reports themselves."""
+    loose = repository.uncommitted_sources()
+    state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
+    same = digests.of_folder(release) == digest
+    stale = repository.stale_stages()
+    return [
+        Gate("everything committed but dvc.lock and reports/", not loose, state),
+        Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
+        Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}"),
+    ]
