@@ -44,7 +44,8 @@ class Sampler:
 
     def draw(self, logits_V: Tensor) -> int:
         """The next token of a row that is not greedy."""
-        p_V, order_V = (logits_V / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        p_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)
+        p_V, order_V = p_V.sort(dim=-1, descending=True, stable=True)
         p_V = p_V.masked_fill(p_V.cumsum(dim=-1) - p_V >= self.top_p, 0.0)
         return int(order_V[torch.multinomial(p_V.cpu(), 1, generator=self.generator)])
 

@@ -101,21 +101,24 @@ void forward(const Sizes& z, const Routes& routes, const T* x, const float* weig
     if (!count) return;
     const int64_t wide = std::max(count, FEWEST);
     std::vector<T> own = rows_of(routes, begin, count, z.choices, z.width, x);
-    std::vector<T> hidden(wide * z.inner), both(wide * 2 * z.inner), out(wide * z.width);
+    std::vector<T> hidden(wide * z.inner), spare(count < wide ? wide * (2 * z.inner + z.width) : 0);
     std::vector<float> row(3 * z.inner);
     own.resize(wide * z.width);
+    T* both = count < wide ? spare.data() : kept + begin * 2 * z.inner;
+    T* out = count < wide ? spare.data() + wide * 2 * z.inner : rows.data() + begin * z.width;
     product(matrix(own.data(), wide, z.width), matrix(gate_up + e * 2 * z.inner * z.width, z.width, 2 * z.inner, true),
-            matrix(both.data(), wide, 2 * z.inner));
-    std::copy_n(both.data(), count * 2 * z.inner, kept + begin * 2 * z.inner);
+            matrix(both, wide, 2 * z.inner));
     for (int64_t i = 0; i < count; i++) {
-      copy(both.data() + i * 2 * z.inner, 2 * z.inner, row.data());
+      copy(both + i * 2 * z.inner, 2 * z.inner, row.data());
       swiglu_row(row.data(), row.data() + z.inner, z.inner, limit, weights[routes.pairs[begin + i]],
                  row.data() + 2 * z.inner);
       copy(row.data() + 2 * z.inner, z.inner, hidden.data() + i * z.inner);
     }
     product(matrix(hidden.data(), wide, z.inner), matrix(down + e * z.width * z.inner, z.inner, z.width, true),
-            matrix(out.data(), wide, z.width));
-    std::copy_n(out.data(), count * z.width, rows.data() + begin * z.width);
+            matrix(out, wide, z.width));
+    if (count == wide) return;
+    std::copy_n(both, count * 2 * z.inner, kept + begin * 2 * z.inner);
+    std::copy_n(out, count * z.width, rows.data() + begin * z.width);
   });
   combine(routes, rows.data(), z.tokens, z.choices, z.width, y);
 }
