@@ -27,7 +27,7 @@ from model.cache import Cache
 if TYPE_CHECKING:
     from model.transformer import MoETransformer
 
-CHUNK = 512  # prompt tokens a pass
+CHUNK = 256  # prompt tokens a pass
 MULTIPLE = 4  # tokens of a pass, and rows of a batch
 
 
@@ -78,6 +78,16 @@ class Reading:
     def done(self) -> bool:
         """Whether all is read."""
         return self.at == self.length
+
+    def state(self) -> tuple[Cache, Cache | None]:
+        """Copies of what the trunk and the MTP block have seen, for `resume` of a reading with the same tokens so far
+        and the same one after them."""
+        return _copied(self.cache), None if self.ahead is None else _copied(self.ahead)
+
+    def resume(self, at: int, state: tuple[Cache, Cache | None]) -> None:
+        """Go on after `at` tokens, a multiple of `CHUNK`, as if they had been read here."""
+        self.at, self.cache = at, _copied(state[0])
+        self.ahead = None if state[1] is None else _copied(state[1])
 
     @torch.no_grad()
     def advance(self, with_logits: bool = False) -> Tensor | None:
@@ -169,6 +179,10 @@ class Batch:
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), device=self.cache.lengths_B.device)
+
+
+def _copied(cache: Cache) -> Cache:
+    return cache.rows(torch.arange(len(cache.lengths_B), device=cache.lengths_B.device))
 
 
 def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:
