@@ -5,16 +5,17 @@ whose steps gives a row its next tokens. A model with multi-token prediction spe
 ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
 arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
 
-What a row gets does not depend on its neighbours, to the last bit on a CPU: passes hold a multiple of four tokens, as
-products over fewer rows round otherwise, sums over the past are taken in parts of fixed size, and each row draws from
-a generator of its own.
+What a row gets does not depend on its neighbours, to the last bit on a CPU: the tokens of a pass are filled up to where
+products and elementary functions round alike for every number of them (`tokens_of_a_pass`), sums over the past are
+taken in parts of fixed size, and each row draws from a generator of its own.
 
-Shapes: B rows (real ones, then copies of row 0), R rows of a reading, S tokens, C tokens of a chunk, D hidden size,
+Shapes: B rows (real ones, then copies of the first), R rows of a reading, S tokens, C tokens of a chunk, D hidden size,
 V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,12 @@ from torch.nn import functional as F
 from model.cache import Cache
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
     from model.transformer import MoETransformer
 
 CHUNK = 256  # prompt tokens a pass
-MULTIPLE = 4  # tokens of a pass, and rows of a batch
+MULTIPLE = 4  # rows of a product
+VECTORS = 32  # numbers that a processor's vector unit takes at a time; what is left over is rounded otherwise
 
 
 class Sampler:
@@ -93,7 +96,7 @@ class Reading:
     def advance(self, with_logits: bool = False) -> Tensor | None:
         """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
         part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
-        count, short = part_RC.shape[1], -part_RC.shape[1] % MULTIPLE
+        count, short = part_RC.shape[1], -part_RC.shape[1] % tokens_of_a_pass(self.net.config)
         counts_R = torch.full_like(self.cache.lengths_B, count)
         out = self.net(F.pad(part_RC, (0, short)), cache=self.cache, counts_B=counts_R, with_logits=with_logits)
         self.cache.settle(self.cache.lengths_B + count)
@@ -171,14 +174,22 @@ class Batch:
         self.next = [(row[-1], draft) for row, draft in zip(tokens, drafts, strict=True)]
 
     def _arrange(self, rows: Sequence[int]) -> None:
-        """Those rows, and copies of the first up to a multiple of four."""
-        places = [*rows, *[rows[0]] * (-len(rows) % MULTIPLE)]
+        """Those rows, and copies of the first up to what a pass needs."""
+        multiple = max(MULTIPLE, tokens_of_a_pass(self.net.config) // (1 if self.ahead is None else 2))
+        places = [*rows, *[rows[0]] * (-len(rows) % multiple)]
         self.next = [self.next[place] for place in places]
         self.cache = self.cache.rows(self._index(places))
         self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), device=self.cache.lengths_B.device)
+
+
+def tokens_of_a_pass(config: ModelConfig) -> int:
+    """The number that the tokens of a pass are a multiple of: the narrowest tensors, of streams, of experts and of
+    rotary channels, then fill whole vectors."""
+    widths = (config.n_routed_experts, config.qk_rope_head_dim // 2, config.hc_mult if config.is_v4 else VECTORS)
+    return max(MULTIPLE, *(VECTORS // math.gcd(VECTORS, width) for width in widths))
 
 
 def _copied(cache: Cache) -> Cache:
