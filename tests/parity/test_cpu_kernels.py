@@ -201,6 +201,21 @@ def test_experts_with_a_limit_and_views_that_are_not_contiguous() -> None:
     same("experts", experts.experts, [x, chosen, weights.t().contiguous().t(), turned, down, 0.4])
 
 
+def test_experts_of_fp32_weights_under_autocast_and_as_many_rows_as_no_shape_before() -> None:
+    """Rows of an expert are filled up before they are multiplied: what fills them up must not be seen."""
+    for tokens in (37, 211, 700):
+        inputs = expert_inputs(tokens, 24, 20, 5, 2)
+
+        def ours(*tensors: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=BF16):
+                return moe_kernels.experts(*tensors).float()
+
+        mine = outputs_and_gradients(ours, inputs)
+        theirs = outputs_and_gradients(experts.experts, inputs, FP64)
+        assert [tensor.dtype for tensor in mine] == [FP32] * 5
+        assert max(distance(a, b) for a, b in zip(mine, theirs, strict=True)) <= TOLERANCE[BF16]
+
+
 def test_an_expert_that_does_not_exist_is_refused() -> None:
     x, chosen, *others = expert_inputs(3, 4, 4, 4, 2)
     with pytest.raises(RuntimeError, match="expert 4 does not exist"):
