@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import resource
 import time
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 COLLECTIVES = {"npu": "hccl", "mlu": "cncl", "musa": "mccl", "sdaa": "tccl", "cuda": "nccl", "cpu": "gloo"}
+FAILURE = re.compile(r"ERR\d{5} .*")  # the line of a torch_npu error that says what failed
+DETERMINISM = {  # device -> what its libraries read from the environment when they start
+    "npu": {"HCCL_DETERMINISTIC": "true"},
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+}
 PLUGINS = {"npu": "torch_npu", "mlu": "torch_mlu", "musa": "torch_musa", "sdaa": "torch_sdaa"}
 
 
@@ -114,6 +120,32 @@ def restore_random_state(device: torch.device, state: dict[str, Tensor]) -> None
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and "device" in state:
         torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def failure(error: BaseException | None) -> str | None:
+    """What a device said when it failed or ran out of memory, in one line; None when `error` has another reason."""
+    while error is not None:
+        first = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            return first
+        if isinstance(error, RuntimeError) and (found := FAILURE.search(str(error))):
+            return f"{found[0].rstrip('. ')}: {first}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Equal inputs give equal bits from here on, collectives included; call it before the device's first operator.
+
+    Operators of an accelerator that have a reproducible form take it, at some cost in speed; one that has none says so
+    in a warning. The kernels that a CPU uses here have no other form.
+    """
+    if device.type == "cpu":
+        return
+    for variable, value in DETERMINISM.get(device.type, {}).items():
+        os.environ.setdefault(variable, value)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def threads() -> int:

@@ -78,6 +78,21 @@ def test_another_seed_gives_another_curve(model: str, on_cpu: list[float], tmp_p
 
 
 @emulated
+def test_a_training_asks_the_device_for_reproducible_operators(python: Callable[..., CompletedProcess[str]]) -> None:
+    """Its runtime is told before the first operator, HCCL through the environment; what the user set there stays."""
+    code = (
+        "import ctypes, os, pathlib, sys, tempfile, torch, training\n"
+        "training.records('npu', pathlib.Path(tempfile.mkdtemp()), steps=2)\n"
+        "value = ctypes.c_int64(-1)\n"
+        "ctypes.CDLL('libascendcl.so').aclrtGetSysParamOpt(0, ctypes.byref(value))\n"  # 0: ACL_OPT_DETERMINISTIC
+        "print(value.value, os.environ['HCCL_DETERMINISTIC'])"
+    )
+    for own, expected in ({}, "1 true"), ({"HCCL_DETERMINISTIC": "strict"}, "1 strict"):
+        done = python(code, **own)
+        assert done.stdout.splitlines()[-1:] == [expected], done.stdout + done.stderr
+
+
+@emulated
 def test_a_step_of_deepseek_v3_is_made_of_fused_operators(
     on_cpu: list[float], launch: Callable, tmp_path: Path
 ) -> None:
