@@ -26,8 +26,9 @@ from typing import Any
 import moe_kernels
 import numpy as np
 import torch
-from moe_kernels import numerics
+from matplotlib.figure import Figure
 from moe_kernels import device as devices
+from moe_kernels import numerics
 from moe_kernels.numerics import BF16, DTYPES, FP32, Worst
 from torch import Tensor, nn
 
@@ -59,7 +60,10 @@ V4 = ModelConfig(
 
 @dataclass(frozen=True)
 class Entry:
-    """One comparison: its part (operation, block or curve), who computed, the error and where it is worst."""
+    """One comparison: its part (operation, block or curve), who computed, the error and where it is worst.
+
+    losses: of each step of a curve, (the device's, the reference's).
+    """
 
     part: str
     name: str
@@ -68,6 +72,7 @@ class Entry:
     cases: int
     tolerance: float
     worst: Worst
+    losses: tuple[list[float], list[float]] | None = None
 
     @property
     def passed(self) -> bool:
@@ -90,7 +95,8 @@ def passport(device: torch.device, file: Path, page: Path) -> dict[str, Any]:
         "entries": [_plain(entry) for entry in entries],
     }
     stage.write_json(file, content)
-    pages.write(page, "passport.html.j2", digest=environment.digest(file), **content)
+    figures = [(entry.name, figure(entry)) for entry in entries if entry.losses]
+    pages.write(page, "passport.html.j2", digest=environment.digest(file), figures=figures, **content)
     return content
 
 
@@ -100,8 +106,10 @@ def suspect(entries: list[Entry], device: torch.device) -> list[str]:
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
-    """JSON has no infinity; what is infinitely wrong has no error there."""
+    """JSON has no infinity; what is infinitely wrong has no error there, and no losses."""
     content = asdict(entry) | {"passed": entry.passed}
+    if content["losses"] and not all(map(math.isfinite, entry.losses[0])):
+        content["losses"] = None
     for key in ("error", "found", "expected"):
         value = content["worst"][key]
         content["worst"][key] = value if math.isfinite(value) else None
@@ -173,7 +181,19 @@ def curves(device: torch.device) -> Iterator[Entry]:
             errors = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(ours, theirs, strict=True)]
             step = max(range(STEPS), key=errors.__getitem__)
             worst = Worst(errors[step], f"step {step}", "loss", [STEPS], [step], ours[step], theirs[step])
-            yield Entry("curve", f"{name}, {STEPS} steps", "all", NAMES[dtype], STEPS, limit, worst)
+            yield Entry("curve", f"{name}, {STEPS} steps", "all", NAMES[dtype], STEPS, limit, worst, (ours, theirs))
+
+
+def figure(entry: Entry) -> str:
+    """Both curves of an entry as an image for the page."""
+    picture = Figure(figsize=(4.6, 2.2))
+    axes = picture.subplots()
+    for values, style, label in zip(entry.losses, ("-", ":"), (entry.dtype, "reference"), strict=True):
+        axes.plot(values, style, label=label, linewidth=2)
+    axes.set(xlabel="step", ylabel="loss, nats")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return pages.inline_svg(picture)
 
 
 def losses(config: ModelConfig, device: torch.device, precision: str) -> list[float]:

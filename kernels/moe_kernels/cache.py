@@ -1,4 +1,4 @@
-"""Where what is made once for a machine is kept: folders of this user's below ~/.cache/shovel ($XDG_CACHE_HOME counts)."""
+"""Where what is made once for a machine is kept: folders below ~/.cache/shovel; $XDG_CACHE_HOME counts."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def demo() -> None:
 
 
 def _fit_to_device() -> None:
-    """Where params.yaml is the preset of the demo as it came: the short one if an emulated device computes, and back."""
+    """Where params.yaml is still a preset of the demo: the short one if an emulated device computes, else the long."""
     from moe_kernels import device as devices
 
     wanted = "emulated" if devices.default().type == "npu" and devices.emulated() else "demo"

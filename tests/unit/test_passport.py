@@ -72,10 +72,19 @@ def test_the_page_and_the_file_hold_every_entry_and_no_network(quick: None, tmp_
     assert environment.digest(tmp_path / "passport.json") in page
 
 
+def test_a_curve_is_drawn_beside_that_of_the_reference(quick: None, tmp_path: Path, monkeypatch) -> None:
+    worst = numerics.Worst(0.1, "step 1", "loss", [3], [1], 2.2, 2.0)
+    curve = passport.Entry("curve", "V4", "all", "float32", 3, 1e-3, worst, ([3.0, 2.2, float("nan")], [3.0, 2.0, 1.0]))
+    monkeypatch.setattr(passport, "curves", lambda device: [curve])
+    content = passport.passport(CPU, tmp_path / "passport.json", tmp_path / "passport.html")
+    assert content["entries"][-1]["losses"] is None and passport.failed(content) == ["V4 (float32)"]
+    assert (tmp_path / "passport.html").read_text().count("data:image/svg+xml") == 1
+
+
 def test_an_emulated_device_is_called_so_on_every_row(quick: None, tmp_path: Path) -> None:
     content = passport.passport(CPU, tmp_path / "passport.json", tmp_path / "passport.html")
     content["stack"] |= {"emulated": "true", "device": "Ascend910B1 (emulated)"}
-    pages.write(tmp_path / "page.html", "passport.html.j2", digest="", **content)
+    pages.write(tmp_path / "page.html", "passport.html.j2", digest="", figures=[], **content)
     page = (tmp_path / "page.html").read_text()
     assert "EMULATED DEVICE" in page and page.count(">emulated</span>") == len(content["entries"])
 
