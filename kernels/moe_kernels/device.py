@@ -15,6 +15,7 @@ import platform
 import re
 import resource
 import time
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -165,9 +166,11 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 def prepare() -> None:
     """Set this process up for training: use the cores it may run on, and keep freed memory for the next step.
 
+    What torch_npu says of its own storage formats at the first tensor is left out.
     On a virtual machine fresh pages cost several times the copy into them; glibc returns large blocks after each use
     unless told otherwise.
     """
+    warnings.filterwarnings("ignore", "Cannot create tensor with internal format")
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     if platform.libc_ver()[0] == "glibc":
