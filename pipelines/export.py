@@ -28,6 +28,7 @@ TEXTS, TOKENS = 8, 256  # held-out documents compared, tokens of each
 
 def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) -> dict[str, Any]:
     """Write `release` from `tuned`; raises `UserError` when transformers' logits differ by more than the limit."""
+    environment.require_passport(torch.device("cpu"))
     run.tag(**environment.tags(torch.device("cpu")))
     net = models.load(tuned, made_by="finetune")
     with stage.replacing(release) as fresh:
