@@ -65,7 +65,7 @@ endef
 	@touch $@
 
 .venv/installed-serve: .venv/installed-core
-	$(call install,the endpoint,-c constraints.txt -e .[serve])
+	$(call install,the endpoint: FastAPI uvicorn,-c constraints.txt -e .[serve])
 	@touch $@
 
 # torch_npu has an environment of its own, which sees all of .venv: in .venv `import torch` would fail without CANN.
