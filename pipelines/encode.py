@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +147,30 @@ def _write_split(
 
 def _shards(
     table: pd.DataFrame, encoder: tiktoken.Encoding, capacity: int, advance: Any
-) -> Iterator[tuple[int, list[str], list[list[int]]]]:
+) -> Iterator[tuple[int, list[str], list[np.ndarray]]]:
     """(number, names of the documents, their ids) of each shard of at most `capacity` ids, a longer document apart."""
     number, names, pieces, size = 0, [], [], 0
-    for start in range(0, len(table), BATCH):
-        rows = table.iloc[start : start + BATCH]
-        encoded = encoder.encode_ordinary_batch(rows["text"].tolist(), num_threads=os.cpu_count() or 1)
-        for source, path, ids in zip(rows["source"], rows["path"], encoded, strict=True):
-            if pieces and size + len(ids) + 2 > capacity:
-                yield number, names, pieces
-                number, names, pieces, size = number + 1, [], [], 0
-            names.append(f"{source}/{path}")
-            pieces.append([BOS, *ids, EOS])
-            size += len(ids) + 2
-        advance(len(rows))
+    for source, path, ids in zip(table["source"], table["path"], encoded(table["text"], encoder), strict=True):
+        if pieces and size + len(ids) > capacity:
+            yield number, names, pieces
+            number, names, pieces, size = number + 1, [], [], 0
+        names.append(f"{source}/{path}")
+        pieces.append(ids)
+        size += len(ids)
+        advance()
     yield number, names, pieces
+
+
+def encoded(texts: pd.Series, encoder: tiktoken.Encoding) -> Iterator[np.ndarray]:
+    """BOS, the text's ids, EOS of every text in order, [n] uint32: tiktoken lets threads run side by side."""
+    first, last = np.array([[BOS], [EOS]], np.uint32)
+
+    def one(text: str) -> np.ndarray:
+        return np.concatenate([first, encoder.encode_to_numpy(text, disallowed_special=()), last])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(texts), BATCH):
+            yield from pool.map(one, texts.iloc[start : start + BATCH])
 
 
 def _dtype(vocab_size: int) -> np.dtype[Any]:
