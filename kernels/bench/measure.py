@@ -85,7 +85,9 @@ def main(
 def text_of(row: Row) -> str:
     """What was measured beside its target, on one line."""
     verdict = {True: "met", False: "not met", None: "no figure"}[row.met]
-    return f"{row.what}: {value_text(row.measured, row.unit)} (target {target_text(row)}, {verdict}) {row.note}".rstrip()
+    return (
+        f"{row.what}: {value_text(row.measured, row.unit)} (target {target_text(row)}, {verdict}) {row.note}".rstrip()
+    )
 
 
 def target_text(row: Row) -> str:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV4Config

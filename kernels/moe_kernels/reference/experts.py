@@ -157,7 +157,8 @@ def _slices(ends_E: Tensor, multiple: int = 1) -> list[tuple[int, slice]]:
     """(expert, its rows among the sorted ones) for every expert that has at least one row; a multiple of rows each."""
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
-    return [(expert, slice(a, a + -(-(b - a) // multiple) * multiple)) for expert, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
+    pairs = ((expert, a, b) for expert, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a)
+    return [(expert, slice(a, b + (a - b) % multiple)) for expert, a, b in pairs]
 
 
 def _places(order_TK: Tensor) -> Tensor:
