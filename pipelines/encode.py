@@ -48,7 +48,7 @@ def encode(params: Encode, clean: Path, tokens: Path, run: Run | None = None) ->
     tokenizer = train_tokenizer(params.vocab_size, train["text"])
     with stage.replacing(tokens) as fresh:
         fresh.mkdir()
-        _write_tokenizer(tokenizer, fresh)
+        write_tokenizer(tokenizer, fresh)
         encoder = load_encoder(fresh)
         _require_same_ids(tokenizer, encoder, table)
         with stage.progress("encode", len(table)) as advance:
@@ -107,7 +107,8 @@ def _byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, as transformers reads them."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

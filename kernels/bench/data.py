@@ -23,9 +23,10 @@ from measure import Row, Settings, Unequal, main
 from tokenizers import Tokenizer
 
 from pipelines.clean import clean
+from pipelines.commands import PRESETS
 from pipelines.contracts import contracts
-from pipelines.encode import _write_tokenizer, encoded, load_encoder, train_tokenizer
-from pipelines.params import PRESETS, load_params
+from pipelines.encode import encoded, load_encoder, train_tokenizer, write_tokenizer
+from pipelines.params import load_params
 
 TARGETS = {"encode": 10.0, "clean": 20.0}
 MEGABYTES, QUICK_MEGABYTES, TRAINING_DOCUMENTS, VOCABULARY = 96, 24, 400, 4096
@@ -82,7 +83,7 @@ def _clean_and_check(folder: Path) -> dict[str, float]:
 def _encode(table: pd.DataFrame, folder: Path) -> Row:
     tokenizer = train_tokenizer(VOCABULARY, table["text"].head(TRAINING_DOCUMENTS))
     (folder / "tokens").mkdir()
-    _write_tokenizer(tokenizer, folder / "tokens")
+    write_tokenizer(tokenizer, folder / "tokens")
     encoder, size = load_encoder(folder / "tokens"), int(table["bytes"].sum())
     start = time.perf_counter()
     for _ in encoded(table["text"], encoder):

@@ -1,6 +1,6 @@
 """What reading a prompt costs a token at 8,192 tokens and at 1,024: V4 with its cache, transformers beside it.
 
-    python kernels/bench/prefill.py --rounds 3 --output prefill.json
+python kernels/bench/prefill.py --rounds 3 --output prefill.json
 """
 
 from __future__ import annotations

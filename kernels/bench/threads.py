@@ -1,6 +1,6 @@
 """A training step on two threads against one: wall time, so on a machine that has nothing else to do.
 
-    python kernels/bench/threads.py --rounds 5 --output threads.json
+python kernels/bench/threads.py --rounds 5 --output threads.json
 """
 
 from __future__ import annotations
