@@ -3,7 +3,8 @@
 A prompt is read alone or with prompts of its length (`Reading`), a chunk a pass; then its rows join a `Batch`, each of
 whose steps gives a row its next tokens. A model with multi-token prediction speculates: the MTP block drafts one token
 ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
-arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
+arXiv 2412.19437, section 5.4.3); where a token takes longer that way, it stops by itself. With a temperature, a draft
+is right if it is the token that was drawn.
 
 What a row gets does not depend on its neighbours, to the last bit on a CPU: passes hold a multiple of four tokens, as
 products over fewer rows round otherwise, sums over the past are taken in parts of fixed size, and each row draws from
@@ -15,7 +16,10 @@ V vocabulary.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # prompt tokens a pass
 MULTIPLE = 4  # tokens of a pass, and rows of a batch
+PLAIN, TRIAL, MEMORY = 2, 6, 24  # steps without drafts, then with; steps that are remembered
 
 
 class Sampler:
@@ -100,11 +105,37 @@ class Reading:
         return out.logits[:, :count] if out.logits is not None else None
 
 
+class Pace:
+    """Whether drafting pays in a batch of so many rows, judged by the time of its own steps.
+
+    The first steps check no draft, the next ones do; as soon as a token costs more time with drafts than without,
+    drafting is given up. That changes no token, only when it comes.
+    """
+
+    def __init__(self) -> None:
+        self.plain_s: list[float] = []
+        self.drafted: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # (seconds, tokens a row) of a step
+
+    @property
+    def probes(self) -> bool:
+        """Whether the next step is to check no draft."""
+        return len(self.plain_s) < PLAIN
+
+    @property
+    def pays(self) -> bool:
+        """Whether to go on drafting."""
+        if len(self.drafted) < TRIAL:
+            return True
+        seconds, gained = zip(*self.drafted, strict=True)
+        return median(seconds) / fmean(gained) <= min(self.plain_s)
+
+
 class Batch:
     """The state of the rows: what the trunk and the MTP block have seen, and the token and the draft that come next."""
 
     def __init__(self) -> None:
         self.samplers: list[Sampler] = []
+        self.pace = Pace()
         self.logits_BSV: Tensor | None = None  # of the last step: those of row r's tokens are the first ones of [r]
 
     def __len__(self) -> int:
@@ -134,7 +165,7 @@ class Batch:
     @torch.no_grad()
     def step(self) -> list[list[int]]:
         """The next tokens of each row: one, or two where a draft was right."""
-        width = 1 if self.ahead is None else 2
+        start, width = time.perf_counter(), 1 if self.ahead is None or self.pace.probes else 2
         ids_BS = torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width]
         out = self.net(ids_BS, cache=self.cache, with_logits=True)
         self.logits_BSV = out.logits
@@ -144,7 +175,13 @@ class Batch:
             second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
+        if width == 1 and self.ahead is not None:
+            self.pace.plain_s.append(time.perf_counter() - start)
         self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
+        if width == 2:
+            self.pace.drafted.append((time.perf_counter() - start, fmean(map(len, tokens))))
+        if not self.pace.pays:
+            self.ahead = None
         return tokens
 
     def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
@@ -153,7 +190,7 @@ class Batch:
         self.cache.settle(self.cache.lengths_B + counts_B)
         drafts = [row[-1] for row in tokens]
         if self.ahead is not None:
-            next_B2 = torch.tensor([(row * 2)[:2] for row in tokens], device=state.device)
+            next_B2 = torch.tensor([(row * 2)[: state.shape[1]] for row in tokens], device=state.device)
             foretold_BSD = self.net.foretell(state, next_B2, self.ahead, counts_B)
             self.ahead.settle(self.ahead.lengths_B + counts_B)
             last_BD = foretold_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
@@ -163,6 +200,8 @@ class Batch:
     def _arrange(self, rows: Sequence[int]) -> None:
         """Those rows, and copies of the first up to a multiple of four."""
         places = [*rows, *[rows[0]] * (-len(rows) % MULTIPLE)]
+        if len(places) != len(self.next):
+            self.pace = Pace()
         self.next = [self.next[place] for place in places]
         self.cache = self.cache.rows(self._index(places))
         self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
