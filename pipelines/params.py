@@ -158,6 +158,8 @@ class Register(Section):
 
 class Policy(Section):
     no_nvidia: bool = Field(True, description="no model is promoted whose training loaded an NVIDIA library")
+    signed: bool = Field(True, description="no model is promoted whose signature and lineage `shovel verify` refuses")
+    comment: bool = Field(False, description="no model is promoted without a comment that says why")
 
 
 class Params(Section):

@@ -420,6 +420,29 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
         return None
 
 
+def tag_version(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
+    """Set the tags of a model version; returns it with them."""
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
+    return client.get_model_version(version.name, version.version)
+
+
+def upload(client: MlflowClient, run_id: str, folder: Path, name: str) -> None:
+    """A folder of small files as the artifact `name` of a run."""
+    client.log_artifacts(run_id, str(folder), name)
+
+
+def download(client: MlflowClient, run_id: str | None, name: str, into: Path) -> Path | None:
+    """The artifact folder `name` of a run, copied below `into`; None when the server has none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        known = run_id and client.list_artifacts(run_id, name)
+    except MlflowException:
+        known = None
+    return Path(client.download_artifacts(run_id, name, str(into))) if known else None
+
+
 def ui_address(port: int) -> str:
     """The training view of a server on this machine."""
     client = connect()
