@@ -153,6 +153,7 @@ def _write(
             f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
         )
     facts = lineage.facts(reports)
+    facts["seconds"] = tracking.seconds(client, facts["runs"])
     digest = digests.combined(files)
     tags = {
         "digest": digest,
@@ -207,7 +208,7 @@ def _move(
     taken = len(list((reports / "releases").glob(f"{stem}*.json")))
     file = reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json"
     record = _record(name, chosen, live, action, now)
-    record |= {"gates": [asdict(gate) for gate in found], "comment": comment}
+    record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
     tags = decisions.tags(record, reports)
     with stage.replacing(file) as fresh:  # a full disk or a dead server: neither alias nor record without the other
         stage.write_json(fresh, record)

@@ -421,6 +421,13 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
         return None
 
 
+def seconds(client: MlflowClient, run_ids: Mapping[str, str]) -> dict[str, float]:
+    """How long each run took, by its label; those that this server does not know, or that still run, are left out."""
+    runs = {label: find_run(client, run_id) for label, run_id in run_ids.items()}
+    ended = {label: run.info for label, run in runs.items() if run and run.info.end_time}
+    return {label: (info.end_time - info.start_time) / 1000 for label, info in ended.items()}
+
+
 def tag_version(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
     """Set the tags of a model version; returns it with them."""
     for key, value in tags.items():
@@ -442,6 +449,18 @@ def download(client: MlflowClient, run_id: str | None, name: str, into: Path) ->
     except MlflowException:
         known = None
     return Path(client.download_artifacts(run_id, name, str(into))) if known else None
+
+
+def page_of(client: MlflowClient, version: ModelVersion) -> Path:
+    """The review page of a version, copied into .mlflow/pages. Raises `UserError` when the server has none."""
+    from mlflow.exceptions import MlflowException
+
+    folder = home() / "pages" / f"{version.name}-{version.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(client.download_artifacts(version.run_id, "review.html", str(folder)))
+    except (MlflowException, OSError):
+        raise UserError(f"{_where()} holds no review page of version {version.version} of {version.name}.") from None
 
 
 def ui_address(port: int) -> str:
