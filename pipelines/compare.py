@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         """What the interval allows to say; lower is better."""
+        if self.low == self.high == 0:
+            return "the same"
         if self.low <= 0 <= self.high:
             return "no difference that these documents can show"
         return "better" if self.high < 0 else "worse"
@@ -85,8 +87,15 @@ def side_by_side(ours: Path, theirs: Path) -> dict[str, Any]:
         "languages": _only(mine["base"]["by_language"], other["base"]["by_language"]),
         "samples": [row for name in VARIANTS for row in _samples(mine[name], other[name])],
         "settings": settings(read_yaml(Path("params.yaml")), read_yaml(theirs / "params.yaml")),
-        "load": {"ours": mine["base"]["expert_load"], "theirs": other["base"]["expert_load"]},
+        "load": {"ours": mine["chat"]["expert_load"], "theirs": other["chat"]["expert_load"]},
     }
+
+
+def summary(comparison: dict[str, Any] | None) -> dict[str, Any]:
+    """The paired difference of the chat models, for reports/review.json; empty where there is none."""
+    rows = {row["name"]: row["paired"] for row in comparison["figures"]} if comparison else {}
+    paired = rows.get("bits per byte, chat")
+    return {"paired": asdict(paired) | {"verdict": paired.verdict, "version": comparison["version"]}} if paired else {}
 
 
 def _report(folder: Path, variant: str) -> dict[str, Any]:
@@ -102,12 +111,12 @@ def _figures(mine: dict[str, Any], other: dict[str, Any], ours: Path, theirs: Pa
             _row(f"bits per byte, {name}", a, b, "bits_per_byte", "ci95") | {"paired": _paired(ours, theirs, name)}
         )
     rows.append(_row("perplexity of answers", mine["chat"], other["chat"], "assistant_perplexity", "assistant_ci95"))
-    rows.append(_row("busiest expert over an equal share", mine["base"], other["base"], "max_load_over_mean", ""))
+    rows.append(_row("busiest expert over an equal share", mine["chat"], other["chat"], "max_load_over_mean", ""))
     return rows
 
 
 def _row(name: str, ours: dict[str, Any], theirs: dict[str, Any], key: str, ends: str) -> dict[str, Any]:
-    row = {"name": name, "ours": ours[key], "theirs": theirs[key], "paired": None}
+    row = {"name": name, "ours": ours[key], "theirs": theirs[key], "paired": None, "digits": 1 if ours[key] > 10 else 3}
     return row | {"ours_ci": ours.get(ends), "theirs_ci": theirs.get(ends)}
 
 

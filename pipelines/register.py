@@ -15,7 +15,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import decisions, digests, evidence, gates, lineage, repository, signing, stage, tracking, verify
+from pipelines import (
+    decisions,
+    digests,
+    evidence,
+    gates,
+    lineage,
+    repository,
+    signing,
+    stage,
+    summary,
+    tracking,
+    verify,
+)
 from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
@@ -36,7 +48,7 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     client = tracking.connect()
     files = digests.of_files(release)
     digest = digests.combined(files)
-    tracking.create_model(client, params.name, "The review page of a version says why it exists.")
+    tracking.create_model(client, params.name, summary.MODEL)
     known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
     version = known[0] if known else None
     if version is None or _lacks_signature(client, version, reports):
@@ -174,22 +186,13 @@ def _write(
         source=_source(release, digest),
         run_id=review.info.run_id if review else None,
         tags=tags,
-        description=_description(chat, digest),
+        description=summary.describe(reports, facts, digest, review),
     )
 
 
 def _source(release: Path, digest: str) -> str:
     """Where the bytes are: this disk for a local registry; a server refuses file paths and gets path and digest."""
     return release.resolve().as_uri() if tracking.is_local() else f"dvc://{release.as_posix()}?sha256={digest}"
-
-
-def _description(chat: dict[str, Any], digest: str) -> str:
-    beside = chat["baselines"]
-    return (
-        f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
-        f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. "
-        f"Digest {digest[:12]}. The review page is an artifact of the source run."
-    )
 
 
 def _move(

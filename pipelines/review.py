@@ -63,7 +63,7 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
     stage.say(f"review     {page}: {held} of {len(found)} gates hold")
     bits = content["chat"]["bits_per_byte"]
     delta = {"bits_per_byte_minus_champion": bits - champion["bits_per_byte"]} if champion else {}
-    return {"gates_passed": held, "gates_total": len(found)} | delta
+    return {"gates_passed": held, "gates_total": len(found)} | delta | compare.summary(comparison)
 
 
 def _reports(reports: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _drawn(comparison: dict[str, Any] | None) -> dict[str, Any] | None:
     captions = {"ours": "This model", "theirs": f"Version {comparison['version']}"}
     with mpl.rc_context(STYLE):
         drawn = [(pages.inline_svg(_load(comparison["load"][side])), text) for side, text in captions.items()]
-    return comparison | {"loads": [{"image": image, "caption": f"{text}, base model"} for image, text in drawn]}
+    return comparison | {"loads": [{"image": image, "caption": f"{text}, chat"} for image, text in drawn]}
 
 
 HEALTH = {

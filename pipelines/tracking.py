@@ -36,9 +36,13 @@ EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
 PENDING = "pending-"  # begins the id of a run that no server knows yet
-NOTE = """**One run a pipeline, its stages nested below it.** Open a `pretrain` run for loss curves (*Model metrics*), a
-`review` run for the page on which to decide (*Artifacts*, review.html). Models: the *Models* tab; `champion` is live,
-`challenger` waits for `shovel promote`."""
+NOTE = """### How to decide whether a model goes live
+1. *Models* (top left), the version with the alias `challenger`: its description says how good it is, what it was
+   trained on, and links to its **review page**: gates, champion and challenger side by side, samples, data, licences.
+2. Curves: one run below is one pipeline, its stages nested in it; open `pretrain`, *Model metrics*.
+3. In the repository: `shovel why N` tells where it comes from, `shovel verify N` checks bytes, signatures and lineage.
+4. Say what you think: `shovel review N --comment "..."`. Decide: `shovel promote N --comment "why"`; take it back:
+   `shovel rollback --comment "why"`. Do not move `champion` by hand: without a signed decision it is not served."""
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
