@@ -26,11 +26,14 @@
 namespace {
 
 constexpr int64_t TOKENS = 16;
+constexpr int64_t FEWEST = 4;  // rows of an fp32 product: fewer go through other code, which rounds otherwise, and a
+                               // token's result must not depend on how many others chose its experts
 
 // How many rows are multiplied in place of `count`.
 template <class T>
 int64_t filled(int64_t count) {
-  int64_t step = sizeof(T) == sizeof(float) ? 1 : 16;
+  if (sizeof(T) == sizeof(float)) return count ? std::max(count, FEWEST) : 0;
+  int64_t step = 16;
   while (step > 1 && step * 16 <= count) step *= 2;
   return parts(count, step) * step;
 }
