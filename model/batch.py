@@ -92,7 +92,7 @@ class Reading:
         self.at, self.cache = at, _copied(state[0])
         self.ahead = None if state[1] is None else _copied(state[1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self, with_logits: bool = False) -> Tensor | None:
         """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
         part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
@@ -144,7 +144,7 @@ class Batch:
         if rows:
             self._arrange(rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """The next tokens of each row: one, or two where a draft was right."""
         width = 1 if self.ahead is None else 2

@@ -1,7 +1,7 @@
 """The `shovel` command. Everything heavy is imported inside the commands, so that `shovel --help` is immediate.
 
-Exit codes: 0 done, 1 an examination found something wrong (doctor, audit, passport), 2 a mistake that the sentence on
-the terminal tells how to mend, 130 interrupted.
+Exit codes: 0 done, 1 an examination found something wrong (doctor, audit, passport, verify), 2 a mistake that the
+sentence on the terminal tells how to mend, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import sys
 
 import typer
 
-from pipelines.commands import machine, registry, servers, work
+from pipelines.commands import machine, registry, servers, trust, work
 
 COMMANDS = {
-    "Work": (work.status, work.check, work.use, work.run, work.review, work.link, work.accept, work.demo),
+    "Work": (work.status, work.check, work.use, work.run, work.link, work.accept, work.demo),
     "Registry": (registry.register, registry.promote, registry.rollback),
+    "Trust": (trust.review, trust.why, trust.verify, trust.keys),
     "Servers": (servers.ui, servers.serve, servers.usage),
     "Machine": (machine.doctor, machine.audit, machine.passport),
 }

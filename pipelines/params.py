@@ -149,6 +149,9 @@ class Evaluate(Section):
 
 class Export(Section):
     max_logit_difference: float = Field(1e-4, gt=0, description="largest |ours - transformers| in fp32")
+    licence: str = Field(
+        "other", pattern=r"^[a-z0-9.-]+$", description="of the weights, as the Hugging Face hub names it"
+    )
 
 
 class Register(Section):
@@ -171,6 +174,8 @@ class Serve(Section):
 
 class Policy(Section):
     no_nvidia: bool = Field(True, description="no model is promoted whose training loaded an NVIDIA library")
+    signed: bool = Field(True, description="no model is promoted whose signature and lineage `shovel verify` refuses")
+    comment: bool = Field(False, description="no model is promoted without a comment that says why")
 
 
 class Params(Section):

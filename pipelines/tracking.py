@@ -36,13 +36,18 @@ EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
 PENDING = "pending-"  # begins the id of a run that no server knows yet
-NOTE = """**One run a pipeline, its stages nested below it.** Open a `pretrain` run for loss curves (*Model metrics*), a
-`review` run for the page on which to decide (*Artifacts*, review.html). Models: the *Models* tab; `champion` is live,
-`challenger` waits for `shovel promote`."""
+NOTE = """### How to decide whether a model goes live
+1. *Model registry* (left), the version with the alias `challenger`: its description says how good it is, what it was
+   trained on, and links to its **review page**: gates, champion and challenger side by side, samples, data, licences.
+2. Curves: one run below is one pipeline, its stages nested in it; open `pretrain`, *Model metrics*.
+3. In the repository: `shovel why N` tells where it comes from, `shovel verify N` checks bytes, signatures and lineage.
+4. Say what you think: `shovel review N --comment "..."`. Decide: `shovel promote N --comment "why"`; take it back:
+   `shovel rollback --comment "why"`. Do not move `champion` by hand: without a signed decision it is not served."""
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }.items():
@@ -418,6 +423,48 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
         return client.get_run(run_id) if run_id else None
     except MlflowException:
         return None
+
+
+def seconds(client: MlflowClient, run_ids: Mapping[str, str]) -> dict[str, float]:
+    """How long each run took, by its label; those that this server does not know, or that still run, are left out."""
+    runs = {label: find_run(client, run_id) for label, run_id in run_ids.items()}
+    ended = {label: run.info for label, run in runs.items() if run and run.info.end_time}
+    return {label: (info.end_time - info.start_time) / 1000 for label, info in ended.items()}
+
+
+def tag_version(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
+    """Set the tags of a model version; returns it with them."""
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
+    return client.get_model_version(version.name, version.version)
+
+
+def upload(client: MlflowClient, run_id: str, folder: Path, name: str) -> None:
+    """A folder of small files as the artifact `name` of a run."""
+    client.log_artifacts(run_id, str(folder), name)
+
+
+def download(client: MlflowClient, run_id: str | None, name: str, into: Path) -> Path | None:
+    """The artifact folder `name` of a run, copied below `into`; None when the server has none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        known = run_id and client.list_artifacts(run_id, name)
+    except MlflowException:
+        known = None
+    return Path(client.download_artifacts(run_id, name, str(into))) if known else None
+
+
+def page_of(client: MlflowClient, version: ModelVersion) -> Path:
+    """The review page of a version, copied into .mlflow/pages. Raises `UserError` when the server has none."""
+    from mlflow.exceptions import MlflowException
+
+    folder = home() / "pages" / f"{version.name}-{version.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(client.download_artifacts(version.run_id, "review.html", str(folder)))
+    except (MlflowException, OSError):
+        raise UserError(f"{_where()} holds no review page of version {version.version} of {version.name}.") from None
 
 
 def ui_address(port: int) -> str:
