@@ -16,7 +16,10 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Sequence
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from model.transformer import MoETransformer
 
 CHUNK = 256  # prompt tokens a pass
+PLAIN, TRIAL, MEMORY = 2, 6, 24  # steps without drafts, then with; steps that are remembered
 MULTIPLE = 4  # rows of a product
 VECTORS = 32  # numbers that a processor's vector unit takes at a time; what is left over is rounded otherwise
 
@@ -113,11 +117,38 @@ class Reading:
         return out.logits[:, :count] if out.logits is not None else None
 
 
+class Pace:
+    """Whether drafting pays in a batch of so many rows, judged by the time of its own steps.
+
+    The first steps check no draft, the next ones do; as soon as a token costs more time with drafts than without,
+    drafting is given up. That changes no token, unless two are as good to rounding: passes of one token and of two
+    round otherwise. Who needs the same bits whatever the clock says takes none.
+    """
+
+    def __init__(self) -> None:
+        self.plain_s: list[float] = []
+        self.drafted: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # (seconds, tokens a row) of a step
+
+    @property
+    def probes(self) -> bool:
+        """Whether the next step is to check no draft."""
+        return len(self.plain_s) < PLAIN
+
+    @property
+    def pays(self) -> bool:
+        """Whether to go on drafting."""
+        if len(self.drafted) < TRIAL:
+            return True
+        seconds, gained = zip(*self.drafted, strict=True)
+        return median(seconds) / fmean(gained) <= min(self.plain_s)
+
+
 class Batch:
     """The state of the rows: what the trunk and the MTP block have seen, and the token and the draft that come next."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
         self.samplers: list[Sampler] = []
+        self.pace = pace
         self.logits_BSV: Tensor | None = None  # of the last step: those of row r's tokens are the first ones of [r]
 
     def __len__(self) -> int:
@@ -147,7 +178,7 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """The next tokens of each row: one, or two where a draft was right."""
-        width = 1 if self.ahead is None else 2
+        start, width = time.perf_counter(), 1 if self.ahead is None or (self.pace and self.pace.probes) else 2
         ids_BS = torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width]
         out = self.net(ids_BS, cache=self.cache, with_logits=True)
         self.logits_BSV = out.logits
@@ -157,7 +188,13 @@ class Batch:
             second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
+        if self.pace and width == 1 and self.ahead is not None:
+            self.pace.plain_s.append(time.perf_counter() - start)
         self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
+        if self.pace and width == 2:
+            self.pace.drafted.append((time.perf_counter() - start, fmean(map(len, tokens))))
+        if self.pace and not self.pace.pays:
+            self.ahead = None
         return tokens
 
     def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
@@ -166,7 +203,7 @@ class Batch:
         self.cache.settle(self.cache.lengths_B + counts_B)
         drafts = [row[-1] for row in tokens]
         if self.ahead is not None:
-            next_B2 = torch.tensor([(row * 2)[:2] for row in tokens], device=state.device)
+            next_B2 = torch.tensor([(row * 2)[: state.shape[1]] for row in tokens], device=state.device)
             foretold_BSD = self.net.foretell(state, next_B2, self.ahead, counts_B)
             self.ahead.settle(self.ahead.lengths_B + counts_B)
             last_BD = foretold_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
@@ -177,6 +214,8 @@ class Batch:
         """Those rows, and copies of the first up to what a pass needs."""
         multiple = max(MULTIPLE, tokens_of_a_pass(self.net.config) // (1 if self.ahead is None else 2))
         places = [*rows, *[rows[0]] * (-len(rows) % multiple)]
+        if self.pace and len(places) != len(self.next):
+            self.pace = Pace()
         self.next = [self.next[place] for place in places]
         self.cache = self.cache.rows(self._index(places))
         self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
