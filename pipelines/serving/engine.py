@@ -121,7 +121,7 @@ class Engine:
         stage.say(f"serve      loading {name} version {version} from {folder}")
         devices.prepare()
         device = devices.default()
-        environment.distrust(device)
+        environment.require_passport(device)
         net = models.load(folder, made_by="export").to(device)
         engine = cls(net, Text(folder), name, version, max_batch, max_queue)
         engine.complete([0], 4, timeout_s=FIRST_ANSWER_S)
