@@ -52,7 +52,7 @@ def test_each_fault_ends_in_one_sentence_and_the_training_goes_on(encoded, tmp_p
     faults = [
         ({"FAKECANN_FAULT": f"operator:aclnnRmsNorm:{4 * calls['aclnnRmsNorm']}"}, "ERR00100"),
         ({"FAKECANN_FAULT": f"async:aclnnGroupedMatmulV5:{4 * calls['aclnnGroupedMatmulV5']}"}, "ERR"),
-        ({"FAKECANN_HBM_GIB": "0.01"}, "out of memory"),
+        ({"FAKECANN_HBM_GIB": "0.003"}, "out of memory"),
         ({"FAKECANN_FAULT": f"lost:{4 * sum(calls.values())}"}, "ERR"),
     ]
     behind = 0
