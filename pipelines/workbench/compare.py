@@ -19,7 +19,6 @@ from ruamel.yaml import YAML
 
 from pipelines import live, register, repository, stage
 from pipelines.params import Params, UserError
-from pipelines.workbench import runs
 from pipelines.workbench.runs import Run
 
 CURVES = ("pretrain", "finetune")
@@ -57,7 +56,7 @@ def state(what: Run | str, params: Params) -> State:
     """The state that a person means; raises `UserError` when there is none."""
     name = what.id if isinstance(what, Run) else str(what)
     if name == live.WORKSPACE or (live.home() / name / "run.json").exists():
-        folder = runs.folder_of(name)
+        folder = Run(name).folder
         return State(name, lambda path: _text(folder / path))
     revision = repository.git("rev-parse", "--verify", "--quiet", f"{_revision(name, params)}^{{commit}}")
     if not revision:

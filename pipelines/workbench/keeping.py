@@ -46,9 +46,7 @@ def keep(run: Run) -> Kept:
     known = graph.states()
     mine = [known[name] for name in run.stages if name in known]
     if busy := [one.name for one in mine if one.state in (live.RUNNING, live.WAITING)]:
-        raise UserError(
-            f"{' and '.join(busy)} is {known[busy[0]].state} in the workspace; keep {run.id} when it ended."
-        )
+        raise UserError(f"{' and '.join(busy)} runs in the repository now; keep {run.id} when that has ended.")
     text = overrides.apply(run.overrides, PARAMS)
     overrides.check(run.overrides, PARAMS)
     with stage.replacing(PARAMS) as fresh:

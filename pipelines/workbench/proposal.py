@@ -81,7 +81,8 @@ class Review:
         import html
 
         inside = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
-        frame = f'<iframe srcdoc="{inside}" style="width:100%;height:36em;border:1px solid #8884;background:white"></iframe>'
+        style = "width:100%;height:36em;border:1px solid #8884;background:white"
+        frame = f'<iframe srcdoc="{inside}" style="{style}"></iframe>'
         return f"<b>{html.escape(repr(self.version))}</b>{self.gates.to_html() if len(self.gates) else ''}{frame}"
 
 
@@ -114,6 +115,7 @@ def _page(found: Any, about: Version, mine: bool) -> Path:
     copy = tracking.fetch_artifact(found.run_id, "review.html", live.home() / "reviews" / str(about.version))
     if copy is None:
         raise UserError(
-            f"version {about.version} has no review page here; `git checkout {about.commit[:12]} && dvc pull` brings it."
+            f"version {about.version} has no review page here; "
+            f"`git checkout {about.commit[:12]} && dvc pull` brings it."
         )
     return copy

@@ -124,13 +124,10 @@ class Run:
         """Loss and speed of the training stage that ran last, one row a step; while it runs, as far as it is."""
         import pandas as pd
 
-        last = self.progress
-        points = pd.DataFrame(last.points if last else [])
-        return (
-            points.drop(columns=["at", "done", "replayed"], errors="ignore").set_index("step")
-            if "step" in points
-            else points
-        )
+        for last in reversed(live.snapshots(self.id)):
+            if points := [point for point in last.points if "step" in point]:
+                return pd.DataFrame(points).set_index("step").drop(columns=["at", "done", "replayed"])
+        return pd.DataFrame()
 
     @property
     def mlflow_ids(self) -> dict[str, str]:

@@ -61,9 +61,7 @@ def _require_read(found: list[Stage], targets: Sequence[Stage], changes: Overrid
         if any(_covers(key, changed) for stage in found for key in stage.keys):
             continue
         readers = [s.name for s in known.values() if any(_covers(key, changed) for key in s.keys)]
-        where = (
-            f"{' and '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it" if readers else "no stage reads it"
-        )
+        where = f"it is for {' and '.join(readers)}" if readers else "no stage reads it"
         ahead = {stage.name for stage in graph.before([stage.name for stage in targets], known)} & set(readers)
         fix = "; add upto=True to run that first" if ahead else ""
         raise UserError(f"`{changed}` changes nothing in {' and '.join(s.name for s in found)}: {where}{fix}.")
