@@ -6,6 +6,7 @@ that come after a stale one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +137,7 @@ def _repo() -> Any:
     from dvc.exceptions import DvcException  # half a second of import
     from dvc.repo import Repo
 
+    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         return Repo(str(repository.root()))
     except DvcException as error:
