@@ -238,8 +238,9 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
         if found:
             return found[0].info.run_id
         tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit(), **_trial_tags()}
-        own = tags.get("run") or os.environ.get("DVC_EXP_NAME")
-        name = own or f"pipeline {repository.commit()[:7]}".strip()
+        if experiment_name := os.environ.get("DVC_EXP_NAME"):
+            tags["dvc.exp_name"] = experiment_name
+        name = tags.get("run") or experiment_name or f"pipeline {repository.commit()[:7]}".strip()
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
@@ -300,7 +301,7 @@ def _trial_tags() -> dict[str, str]:
     """Of a run with overrides: its id, what differs from params.yaml, and what it reads."""
     card = live.card()
     inputs = {f"dvc.dep.{path}": md5 for path, md5 in card.get("inputs", {}).items()}
-    return {"run": live.place(), "overrides": json.dumps(card["overrides"]), **inputs} if card else {}
+    return {"run": live.place(), "overrides": card["what"], **inputs} if card else {}
 
 
 def _flat_params(section: BaseModel | None) -> dict[str, str]:
@@ -425,6 +426,7 @@ def pipelines(figures: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row a pipeline or run with overrides: name, kind, created, status, commit, overrides, run_id, and of each of
     its stages the metrics `figures` as `stage/figure`; stages that were started by hand have rows of their own."""
     client = connect()
+    reap(client)
     rows: dict[str, dict[str, Any]] = {}
     for run in _all_runs(client):
         tags = run.data.tags

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from typing import Any
 
 import pandas as pd
 
-from pipelines import tracking
+from pipelines import repository, tracking
+from pipelines.params import UserError
+from pipelines.workbench.compare import at_revision
 
 FIGURES = ("loss_last", "bits_per_byte", "assistant_perplexity", "tokens_per_s")
 COLUMNS = ["name", "kind", "created", "status", "commit", "overrides"]
+REFERENCE = re.compile(r"refs/exps/(?P<base>[0-9a-f]{2}/[0-9a-f]{38})/(?P<name>[^/]+)")
 
 
 def table() -> pd.DataFrame:
-    """See `project.experiments`; without a tracking server only what DVC knows, and the other way round."""
-    rows = tracking.pipelines(FIGURES)
-    known = _of_dvc()
-    for row in rows:
-        row |= known.pop(row["name"], {})
+    """See `project.experiments`; where the tracking server does not answer, what DVC knows."""
+    known = {row["name"]: row for row in _of_dvc()}
+    try:
+        rows = tracking.pipelines(FIGURES)
+    except UserError:
+        rows = []
+    rows = [known.pop(row["name"], {}) | {key: value for key, value in row.items() if value != ""} for row in rows]
     found = pd.DataFrame([*rows, *known.values()])
     columns = [*COLUMNS, *(name for name in found.columns if name not in COLUMNS)]
     return found.reindex(columns=columns).sort_values("created", ascending=False, ignore_index=True)
 
 
-def _of_dvc() -> dict[str, dict[str, Any]]:
-    """Experiments by name, with the parameters that differ from the commit they start from."""
-    from dvc.api import exp_show
-
-    found = {}
-    rows = exp_show()
-    for row in rows:
-        if row.get("typ") == "branch_commit" or not row.get("Experiment"):
-            continue
-        found[row["Experiment"]] = {"name": row["Experiment"], "kind": "experiment", "created": row.get("Created")}
-    return found
+def _of_dvc() -> list[dict[str, Any]]:
+    """One row an experiment: what differs from the commit it starts from, and all figures of its state."""
+    listed = repository.git("for-each-ref", "--format=%(refname) %(committerdate:unix)", "refs/exps").splitlines()
+    rows = []
+    for reference, seconds in (line.split() for line in listed):
+        if found := REFERENCE.fullmatch(reference):
+            base, name = found["base"].replace("/", ""), found["name"]
+            mine, before = at_revision(name, reference), at_revision("base", base)
+            changed = [f"{key}={value}" for key, value in mine.params.items() if before.params.get(key) != value]
+            figures = {key: value for key, value in mine.metrics.items() if key.rpartition("/")[2] in FIGURES}
+            row = {"name": name, "kind": "experiment", "created": datetime.fromtimestamp(int(seconds))}
+            row |= {"status": "finished", "commit": base[:7], "overrides": ", ".join(changed)}
+            rows.append(row | {key: value for key, value in figures.items() if key.count("/") == 1})
+    return rows

@@ -98,7 +98,8 @@ def create(target: str, found: list[Stage], changes: Overrides, known: dict[str,
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
     commands = [[sys.executable, "-m", *stage.command] for stage in found]
     names = [stage.name for stage in found]
-    _write_card(folder, commands=commands, cwd=str(folder), stages=names, overrides=changes, inputs=inputs)
+    what = overrides.in_words(changes)
+    _write_card(folder, commands=commands, cwd=str(folder), stages=names, overrides=changes, what=what, inputs=inputs)
     return folder.name
 
 
