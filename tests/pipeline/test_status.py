@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from click import Context
+import typer
 from typer.main import get_command
 
 from pipelines.cli import EXITS, app
@@ -86,7 +86,7 @@ def test_the_shell_completes_presets_stages_and_runs(project, monkeypatch: pytes
     assert complete.presets("d") == ["demo"] and complete.stages("f") == ["fetch", "finetune"]
     assert complete.runs("") == []
     parameter = next(p for p in get_command(app).commands["use"].params if p.name == "preset")
-    assert [item.value for item in parameter.shell_complete(Context(get_command(app)), "la")] == ["laptop"]
+    assert [item.value for item in parameter.shell_complete(typer.Context(get_command(app)), "la")] == ["laptop"]
     assert "--show-completion" in project.run("shovel", "--help", COLUMNS="120").stdout
 
 
