@@ -124,7 +124,7 @@ def _beside(
 ) -> pd.DataFrame:
     keys = [key for key in dict.fromkeys([*first, *second]) if not differing or first.get(key) != second.get(key)]
     rows = [[first.get(key), second.get(key)] for key in keys]
-    return pd.DataFrame(rows, index=keys, columns=list(names))
+    return pd.DataFrame(rows, index=keys, columns=list(names), dtype=object)
 
 
 def _with_change(table: pd.DataFrame) -> pd.DataFrame:

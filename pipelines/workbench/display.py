@@ -28,9 +28,9 @@ def watch(run: Run) -> Run:
 def show(run: Run) -> None:
     """A run as it is now."""
     if _is_notebook():
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        display(HTML(html(run)))
+        display(_both(run), raw=True)
     else:
         print(line(run), file=sys.stderr)
 
@@ -42,13 +42,17 @@ def _is_notebook() -> bool:
 
 
 def _in_notebook(run: Run) -> None:
-    from IPython.display import HTML, display
+    from IPython.display import display
 
-    handle = display(HTML(html(run)), display_id=True)
+    handle = display(_both(run), raw=True, display_id=True)
     while run.running or run.status == "created":
         time.sleep(REDRAW_S)
-        handle.update(HTML(html(run)))
-    handle.update(HTML(html(run)))
+        handle.update(_both(run), raw=True)
+    handle.update(_both(run), raw=True)
+
+
+def _both(run: Run) -> dict[str, str]:
+    return {"text/html": html(run), "text/plain": line(run)}
 
 
 def _in_terminal(run: Run) -> None:

@@ -160,19 +160,25 @@ def _changes(stage: Any) -> str:
     """In words, why DVC would run this stage; the empty string when it would not."""
     reasons = []
     for dep in stage.deps:
-        status = dep.status()
-        if dep.def_path == "params.yaml":
-            reasons += [f"{key} {how}" for keys in status.values() for key, how in _pairs(keys)]
+        if hasattr(dep, "read_params"):
+            reasons += _differences("", dep.hash_info.value or {}, dep.read_params()) if dep.status() else []
         else:
-            reasons += [_in_words(path, how) for path, how in status.items()]
+            reasons += [_in_words(path, how) for path, how in dep.status().items()]
     new = not any(dep.hash_info for dep in stage.deps)
     outs = [_in_words(path, how) for out in stage.outs for path, how in out.status().items()]
     reasons = [NEVER] if new else [*reasons, *outs, *(["its command changed"] if stage.changed_stage() else [])]
     return ", ".join(dict.fromkeys(reasons))
 
 
-def _pairs(keys: Any) -> list[tuple[str, str]]:
-    return list(keys.items()) if isinstance(keys, dict) else [("params.yaml", keys)]
+def _differences(prefix: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`pretrain.learning_rate 0.005 -> 0.003` of each parameter that differs."""
+    words = []
+    for key in (key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)):
+        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            words += _differences(f"{prefix}{key}.", old[key], new[key])
+        else:
+            words.append(f"{prefix}{key} {old.get(key)} -> {new.get(key)}")
+    return words
 
 
 def _in_words(path: str, how: str) -> str:
