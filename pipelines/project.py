@@ -122,9 +122,9 @@ def watch(run: Run | str | None = None) -> Run:
 
     >>> project.watch()
     """
-    from pipelines.workbench import display, running
+    from pipelines.workbench import running
 
-    return display.watch(attach(run) if run else running.current())
+    return running.look(attach(run) if run else running.current())
 
 
 def keep(run: Run | str) -> Kept:

@@ -58,14 +58,14 @@ def watch(
 
     Example: shovel watch
     """
-    from pipelines.workbench import display, running
+    from pipelines.workbench import running
     from pipelines.workbench.runs import Run
 
     found = Run(run) if run else running.current()
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
-    display.watch(found)
+    running.look(found)
 
 
 def keep(run: RunId) -> None:

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from pipelines import live, register, repository, stage
 from pipelines.params import Params, UserError
+from pipelines.workbench import display
 from pipelines.workbench.runs import Run
 
 CURVES = ("pretrain", "finetune")
@@ -116,7 +117,12 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         parts = {"Parameters": self.params, "Figures": self.metrics, "Data": self.data}
-        return "".join(f"<h4>{title}</h4>{table.to_html(na_rep='')}" for title, table in parts.items() if len(table))
+        tables = [f"<h4>{title}</h4>{table.to_html(na_rep='')}" for title, table in parts.items() if len(table)]
+        stages = dict.fromkeys(self.curves.columns.get_level_values(0)) if len(self.curves) else {}
+        return "".join([*tables, *(f"<h4>Loss of {name}</h4>{self._picture(name)}" for name in stages)])
+
+    def _picture(self, stage: str) -> str:
+        return display.picture({name: losses.dropna().to_dict() for name, losses in self.curves[stage].items()})
 
 
 def _beside(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html as markup
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines import live
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from pipelines.workbench.runs import Run
 
 COLOURS = {live.FINISHED: "#2e7d32", live.FAILED: "#b3261e", live.KILLED: "#b3261e", live.INTERRUPTED: "#a15c00"}
+LINES = ("#245a8d", "#c0622f")  # of a picture: the first state, the second
 BLOCKS = "▁▂▃▄▅▆▇█"
+BAR = 12  # characters
 REDRAW_S = 1.0
 
 
 def watch(run: Run) -> Run:
-    """Show a run until it ends. An interrupt of a run that this process can reach ends it, its checkpoints stay."""
+    """Show a run until it ends."""
     show = _in_notebook if _is_notebook() else _in_terminal
     show(run)
     return run
@@ -72,13 +75,14 @@ def _in_terminal(run: Run) -> None:
 
 
 def line(run: Run) -> str:
-    """`pretrain   ████▁▁  40 of 180  loss 5.31 ▇▆▅▄▃  1,900 tokens/s  2 min left`."""
+    """`pretrain-1  running  pretrain  ━━━╌╌╌╌╌╌╌╌╌  ▇▆▅▄▃  40 of 180  loss 5.31  1,900 tokens/s  2 min left`"""
     last = run.progress
     parts = [f"{run.id}  {run.status}"]
     if last:
-        parts += [last.label if last.label != run.id else "", *_facts(last)]
         losses = [point["loss"] for point in last.points if "loss" in point]
-        parts.insert(2, sparkline(losses)) if losses else None
+        done = round(BAR * min(1.0, last.done / last.total)) if last.total else 0
+        bar = "━" * done + "╌" * (BAR - done) if last.running else ""
+        parts += [last.label, bar, sparkline(losses) if losses else "", *_facts(last)]
     if run.message and run.status not in (live.RUNNING, live.FINISHED):
         parts.append(run.message)
     return "  ".join(part for part in parts if part)
@@ -134,16 +138,22 @@ def _bar(share: float, colour: str) -> str:
 
 def _picture(points: list[dict[str, float]]) -> str:
     """The loss so far; nothing before there are two points."""
-    steps = [point for point in points if "loss" in point]
-    if len(steps) < 2:
-        return ""
+    losses = {point["step"]: point["loss"] for point in points if "loss" in point}
+    return picture({"loss": losses}) if len(losses) > 1 else ""
+
+
+def picture(curves: Mapping[str, Mapping[float, float]]) -> str:
+    """Losses by step as <img>, with a legend where there is more than one."""
     from matplotlib.figure import Figure
 
     from pipelines import pages
 
     figure = Figure(figsize=(5.2, 2.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot([point["step"] for point in steps], [point["loss"] for point in steps], color="#245a8d", linewidth=1.2)
+    for colour, (name, losses) in zip(LINES, curves.items(), strict=False):
+        axes.plot(list(losses), list(losses.values()), color=colour, linewidth=1.2, label=name)
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
     return f"<img alt='loss by step' style='background:white' src='{pages.inline_svg(figure)}'>"

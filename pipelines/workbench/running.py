@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipelines import live
@@ -54,6 +55,13 @@ def follow(run: Run) -> Run:
         return run
     if run.status in (live.FAILED, live.KILLED):
         raise UserError(f"{run.id} {run.status}: {run.message or 'see project.attach(...).log'}")
+    return run
+
+
+def look(run: Run) -> Run:
+    """Show a run that may be somebody else's; an interrupt ends only the showing."""
+    with suppress(KeyboardInterrupt):
+        display.watch(run)
     return run
 
 
