@@ -24,7 +24,7 @@ from pipelines import processes, repository
 
 WORKSPACE = "workspace"
 FLUSH_S, POINTS = 0.5, 4000  # seconds between two writes, points that a curve keeps at most
-RUNNING, WAITING, FINISHED, FAILED = "running", "waiting", "finished", "failed"
+STARTING, RUNNING, WAITING, FINISHED, FAILED = "starting", "running", "waiting", "finished", "failed"
 INTERRUPTED, KILLED = "interrupted", "killed"
 
 
@@ -175,7 +175,7 @@ class Snapshot:
 
     @property
     def running(self) -> bool:
-        return self.status in (RUNNING, WAITING)
+        return self.status in (STARTING, RUNNING, WAITING)
 
     @property
     def seconds(self) -> float:

@@ -83,7 +83,7 @@ def line(run: Run) -> str:
         done = round(BAR * min(1.0, last.done / last.total)) if last.total else 0
         bar = "━" * done + "╌" * (BAR - done) if last.running else ""
         parts += [last.label, bar, sparkline(losses) if losses else "", *_facts(last)]
-    if run.message and run.status not in (live.RUNNING, live.FINISHED):
+    if run.message and run.status not in (live.STARTING, live.RUNNING, live.FINISHED):
         parts.append(run.message)
     return "  ".join(part for part in parts if part)
 
@@ -124,7 +124,7 @@ def html(run: Run) -> str:
     if last:
         share = min(1.0, last.done / last.total) if last.total else float(run.status == live.FINISHED)
         rows.append(_bar(share, colour) + f" {last.label}: " + " &middot; ".join(map(markup.escape, _facts(last))))
-    if run.message and run.status not in (live.RUNNING, live.FINISHED):
+    if run.message and run.status not in (live.STARTING, live.RUNNING, live.FINISHED):
         rows.append(f"<span style='color:{colour}'>{markup.escape(run.message)}</span>")
     picture = _picture(last.points) if last else ""
     return "<div style='line-height:1.5'>" + "<br>".join(rows) + f"</div>{picture}"

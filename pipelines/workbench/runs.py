@@ -75,7 +75,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """created, running, waiting, finished, failed, interrupted or killed."""
+        """created, starting, running, waiting, finished, failed, interrupted or killed."""
         runner, last = self._runner, self.progress
         if runner and not (runner.running and last and last.status == live.WAITING):
             return runner.status
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def running(self) -> bool:
-        return self.status in (live.RUNNING, live.WAITING)
+        return self.status in (live.STARTING, live.RUNNING, live.WAITING)
 
     @property
     def succeeded(self) -> bool:
@@ -160,6 +160,8 @@ class Run:
         """End it gently: checkpoints stay, and the next run of the same thing continues from the last one."""
         from pipelines.workbench import trials
 
+        while self.status == live.STARTING:
+            time.sleep(0.1)
         runner, last = self._runner, self.progress
         if runner and runner.running:
             trials.stop(runner.process)

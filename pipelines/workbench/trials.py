@@ -140,7 +140,7 @@ def launch(run_id: str) -> None:
     """Start the process of a prepared run; it outlives this one. Its words go to output.log in the folder."""
     folder = live.home() / run_id
     starting = live.Progress(folder / "run.jsonl")  # until the process itself speaks there
-    starting.tell(stage="run", process=processes.identity(), status=live.RUNNING)
+    starting.tell(stage="run", process=processes.identity(), status=live.STARTING)
     paths = [str(CODE), str(CODE / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / "output.log").open("wb") as log:
         process = subprocess.Popen(
