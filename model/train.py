@@ -84,6 +84,7 @@ def train(
     health figures of the layers, tokens and tokens_per_s; after a resume it first gets the records of the steps before.
     Raises `DivergedError` when the loss or the gradient is not finite; nothing of that step is kept.
     """
+    devices.be_deterministic(device)
     torch.manual_seed(config.seed)
     net.to(device).train()
     make = muon if config.optimizer == "muon" else adamw

@@ -7,19 +7,20 @@ import sys
 
 import typer
 
-from pipelines.commands import machine, registry, runs, servers, talk, work
+from pipelines.commands import machine, registry, runs, servers, talk, trust, work
 
 COMMANDS = {
     "Work": (work.status, work.run, work.check, work.use, work.link, work.accept, work.demo),
     "Runs": (runs.runs, runs.watch, runs.compare, runs.keep, runs.experiments),
-    "Registry": (runs.propose, work.review, registry.promote, registry.rollback, registry.register),
+    "Registry": (runs.propose, registry.promote, registry.rollback, registry.register),
+    "Trust": (trust.review, trust.why, trust.verify, trust.keys),
     "Models": (talk.chat, talk.generate),
-    "Servers": (servers.ui, servers.serve),
+    "Servers": (servers.ui, servers.serve, servers.usage),
     "Machine": (machine.doctor, machine.audit, machine.passport),
 }
 EXITS = (
-    "Exit codes: 0 done; 1 an examination found something wrong (doctor, audit, passport); 2 a mistake that the "
-    "sentence on the terminal tells how to mend; 130 interrupted."
+    "Exit codes: 0 done; 1 an examination found something wrong (doctor, audit, passport, verify); 2 a mistake that "
+    "the sentence on the terminal tells how to mend; 130 interrupted."
 )
 HELP = "Raw text to a reviewed mixture-of-experts model. Start with `shovel status`: it says what to do next."
 app = typer.Typer(no_args_is_help=True, help=HELP, epilog=EXITS)

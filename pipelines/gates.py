@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines import digests, lineage, repository, stage
-from pipelines.params import Params
+from pipelines.params import Params, Policy
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,9 @@ def of_working_tree(digest: str | None, release: Path) -> list[Gate]:
         Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
         Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}"),
     ]
+
+
+def of_decision(policy: Policy, comment: str) -> list[Gate]:
+    """What a person owes the record."""
+    what = "the decision has one" if comment else "say why with --comment"
+    return [Gate("comment", bool(comment), what)] if policy.comment else []

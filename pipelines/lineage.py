@@ -24,6 +24,7 @@ TRAINING = ("pretrain", "finetune")  # the stages that make weights
 def facts(reports: Path) -> dict[str, Any]:
     """Everything that names this pipeline's state; JSON-able, equal for equal states."""
     params = load_params()
+    trained = trained_on(reports)
     return {
         "git": {"commit": repository.commit(), "uncommitted": repository.uncommitted_sources()},
         "dvc": repository.output_hashes(),
@@ -31,7 +32,9 @@ def facts(reports: Path) -> dict[str, Any]:
         "seeds": {"pretrain": params.pretrain.seed, "finetune": params.finetune.seed},
         "packages": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "device": trained_on(reports)["device.name"],
+        "device": trained["device.name"],
+        "emulated": trained["emulated"] == "true",
+        "passport": trained["passport"],
         "sources": sources(RAW),
     }
 

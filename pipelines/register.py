@@ -15,7 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import digests, gates, lineage, live, repository, stage, tracking
+from pipelines import (
+    decisions,
+    digests,
+    evidence,
+    gates,
+    lineage,
+    live,
+    repository,
+    signing,
+    stage,
+    summary,
+    tracking,
+    verify,
+)
 from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
@@ -36,42 +49,48 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     client = tracking.connect()
     files = digests.of_files(release)
     digest = digests.combined(files)
-    tracking.create_model(client, params.name, "The review page of a version says why it exists.")
+    tracking.create_model(client, params.name, summary.MODEL)
     known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
-    version = known[0] if known else _create(client, params, release, reports, files)
+    version = known[0] if known else None
+    if version is None or _lacks_signature(client, version, reports):
+        version = _write(client, params, release, reports, files, version)
     if int(version.version) != number(client, params.name, CHAMPION):
         client.set_registered_model_alias(params.name, CHALLENGER, version.version)
     return version
 
 
-def promote(params: Params, release: Path, reports: Path, version: int | None = None) -> dict[str, Any]:
+def promote(
+    params: Params, release: Path, reports: Path, version: int | None = None, comment: str = ""
+) -> dict[str, Any]:
     """Make a version (the challenger, when none is named) the champion; returns the release record.
 
     Raises `UserError` that names every gate which does not hold; nothing is moved then.
     """
     client = tracking.connect()
     name = params.register_.name
-    chosen = _chosen(client, name, version)
+    chosen = find(client, name, version)
     live = tracking.version_behind(client, name, CHAMPION)
     if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
     found = [
         *gates.of_reports(params, reports, bits_of(live)),
         *gates.of_working_tree(chosen.tags.get("digest"), release),
+        *gates.of_decision(params.policy, comment),
+        *([verify.as_gate(verify.verify(client, chosen, release, reports))] if params.policy.signed else []),
     ]
     if failed := [gate for gate in found if not gate.passed]:
         reasons = "; ".join(f"{gate.name} ({gate.what})" for gate in failed)
         raise UserError(f"version {chosen.version} of {name} was not promoted: {reasons}.")
-    return _move(client, name, reports, chosen, live, "promote", found)
+    return _move(client, name, reports, chosen, live, "promote", found, comment)
 
 
-def rollback(params: Register, reports: Path) -> dict[str, Any]:
+def rollback(params: Register, reports: Path, comment: str = "") -> dict[str, Any]:
     """Make the previous champion the champion again; the two change places. Returns the release record."""
     client = tracking.connect()
     previous, live = (tracking.version_behind(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
     if previous is None:
         raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
-    return _move(client, params.name, reports, previous, live, "rollback", [])
+    return _move(client, params.name, reports, previous, live, "rollback", [], comment)
 
 
 def status(params: Register) -> dict[str, dict[str, Any]]:
@@ -127,13 +146,24 @@ def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 def version(params: Register, which: int | str) -> ModelVersion:
     """A version by number or alias; raises `UserError` when there is none."""
-    client, name = tracking.connect(), params.name
-    if isinstance(which, int) or which.isdigit():
-        found = next((known for known in versions(client, name) if int(known.version) == int(which)), None)
+    client, text = tracking.connect(), str(which)
+    if text.isdigit():
+        return find(client, params.name, int(text))
+    return find(client, params.name, None, (text,))
+
+
+def find(
+    client: MlflowClient, name: str, version: int | None, aliases: tuple[str, ...] = (CHALLENGER, CHAMPION)
+) -> ModelVersion:
+    """A version by its number, or the first that an alias names; raises `UserError` when there is none."""
+    if version is None:
+        behind = (tracking.version_behind(client, name, alias) for alias in aliases)
+        found = next((known for known in behind if known), None)
     else:
-        found = tracking.version_behind(client, name, which)
+        found = next((known for known in versions(client, name) if int(known.version) == version), None)
     if found is None:
-        raise UserError(f"{name} has no version {which!r}; `shovel status` names those there are.")
+        what = f"no version {version}" if version else f"no {' and no '.join(aliases)}"
+        raise UserError(f"{name} has {what}; `shovel register` makes a version.")
     return found
 
 
@@ -148,26 +178,28 @@ def bits_of(version: ModelVersion | None) -> float | None:
     return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
 
 
-def _chosen(client: MlflowClient, name: str, version: int | None) -> ModelVersion:
-    if version is None:
-        found = tracking.version_behind(client, name, CHALLENGER) or tracking.version_behind(client, name, CHAMPION)
-    else:
-        found = next((known for known in versions(client, name) if int(known.version) == version), None)
-    if found is None:
-        what = f"no version {version}" if version else "no challenger and no champion"
-        raise UserError(f"{name} has {what}; `shovel register` makes a version.")
-    return found
+def _lacks_signature(client: MlflowClient, version: ModelVersion, reports: Path) -> bool:
+    """Whether it is worth signing a known version (again): never done, not to be found, or done before the commit."""
+    committed_since = version.tags.get("git.dirty") == "true" and not repository.uncommitted_sources()
+    return committed_since or not evidence.exists(client, version, reports)
 
 
-def _create(
-    client: MlflowClient, params: Register, release: Path, reports: Path, files: dict[str, str]
+def _write(
+    client: MlflowClient,
+    params: Register,
+    release: Path,
+    reports: Path,
+    files: dict[str, str],
+    version: ModelVersion | None,
 ) -> ModelVersion:
+    """Sign the folder and make a version of it, or bring what `version` says of itself up to date."""
     chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
     if stale := repository.stale_stages():
         raise UserError(
             f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
         )
     facts = lineage.facts(reports)
+    facts["seconds"] = tracking.seconds(client, facts["runs"])
     digest = digests.combined(files)
     tags = {
         "digest": digest,
@@ -176,29 +208,25 @@ def _create(
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
         **lineage.trained_on(reports),
         "lineage": json.dumps(facts | {"digests": files}, ensure_ascii=False),
+        **signing.sign(params.name, release, reports, files, facts),
     }
     review = tracking.find_run(client, facts["runs"].get("review"))
+    if review:
+        tracking.upload(client, review.info.run_id, evidence.folder(reports, digest), evidence.ARTIFACT)
+    if version:
+        return tracking.tag_version(client, version, tags)
     return client.create_model_version(
         params.name,
         source=_source(release, digest),
         run_id=review.info.run_id if review else None,
         tags=tags,
-        description=_description(chat, digest),
+        description=summary.describe(reports, facts, digest, review),
     )
 
 
 def _source(release: Path, digest: str) -> str:
     """Where the bytes are: this disk for a local registry; a server refuses file paths and gets path and digest."""
     return release.resolve().as_uri() if tracking.is_local() else f"dvc://{release.as_posix()}?sha256={digest}"
-
-
-def _description(chat: dict[str, Any], digest: str) -> str:
-    beside = chat["baselines"]
-    return (
-        f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
-        f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. "
-        f"Digest {digest[:12]}. The review page is an artifact of the source run."
-    )
 
 
 def _move(
@@ -209,15 +237,19 @@ def _move(
     live: ModelVersion | None,
     action: str,
     found: list[gates.Gate],
+    comment: str,
 ) -> dict[str, Any]:
     """Move the aliases and leave the release record, which is returned; an existing one is never overwritten."""
     now = datetime.now(UTC)
     stem = f"{name}-v{chosen.version}-{now:%Y-%m-%d}"
     taken = len(list((reports / "releases").glob(f"{stem}*.json")))
     file = reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json"
-    record = _record(name, chosen, live, action, now) | {"gates": [asdict(gate) for gate in found]}
+    record = _record(name, chosen, live, action, now)
+    record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
+    tags = decisions.tags(record, reports)
     with stage.replacing(file) as fresh:  # a full disk or a dead server: neither alias nor record without the other
         stage.write_json(fresh, record)
+        tracking.tag_version(client, chosen, tags)
         client.set_registered_model_alias(name, CHAMPION, chosen.version)
         if live:
             client.set_registered_model_alias(name, PREVIOUS, live.version)
@@ -234,7 +266,7 @@ def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: 
         "version": int(chosen.version),
         "replaces": int(live.version) if live else None,
         "at": now.isoformat(timespec="seconds"),
-        "by": f"{repository.git('config', 'user.name')} <{repository.git('config', 'user.email')}>",
+        "by": repository.person(),
         "digest": chosen.tags.get("digest"),
         "bits_per_byte": bits_of(chosen),
         "lineage": json.loads(chosen.tags.get("lineage", "{}")),

@@ -6,12 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 
 from pipelines.params import UserError
@@ -90,6 +92,29 @@ def output_hashes() -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages().values() for out in stage.get("outs", []) if "md5" in out}
 
 
+def folder_md5(folder: Path) -> str:
+    """What dvc.lock says of a folder with these bytes: the md5 of DVC's list of its files, with `.dir`."""
+    files = sorted((path.relative_to(folder).parts, path) for path in folder.rglob("*") if path.is_file())
+    entries = [{"md5": _file_md5(path), "relpath": "/".join(parts)} for parts, path in files]
+    return f"{_md5(json.dumps(entries, sort_keys=True).encode())}.dir"
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def committed(commit: str, path: Path) -> bytes:
+    """A file as a commit has it; nothing when it has not."""
+    return _git("show", f"{commit}:./{path.as_posix()}")
+
+
+def person() -> str:
+    """Who decides here: name and address as git has them, else user and machine."""
+    known = git("var", "GIT_COMMITTER_IDENT").rsplit(" ", 2)[0]
+    return known or f"{psutil.Process().username()}@{platform.node()}"
+
+
 def check_out(md5: str, path: Path, target: Path) -> None:
     """Make `target` the output `path` as dvc.lock names it by `md5`, from DVC's cache or from the commit.
 
@@ -106,7 +131,7 @@ def check_out(md5: str, path: Path, target: Path) -> None:
     elif cached.exists():
         shutil.copyfile(cached, target)
     else:
-        content = _git("show", f"HEAD:./{path.as_posix()}")
+        content = committed("HEAD", path)
         if _md5(content) != md5:
             raise FileNotFoundError(errno.ENOENT, "neither DVC's cache nor the commit holds it", str(path))
         target.write_bytes(content)

@@ -36,13 +36,18 @@ EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
 PENDING = "pending-"  # begins the id of a run that no server knows yet
-NOTE = """**One run a pipeline, its stages nested below it.** Open a `pretrain` run for loss curves (*Model metrics*), a
-`review` run for the page on which to decide (*Artifacts*, review.html). Models: the *Models* tab; `champion` is live,
-`challenger` waits for `shovel promote`."""
+NOTE = """### How to decide whether a model goes live
+1. *Models* (top left), the version with the alias `challenger`: its description says how good it is, what it was
+   trained on, and links to its **review page**: gates, champion and challenger side by side, samples, data, licences.
+2. Curves: one run below is one pipeline, its stages nested in it; open `pretrain`, *Model metrics*.
+3. In the repository: `shovel why N` tells where it comes from, `shovel verify N` checks bytes, signatures and lineage.
+4. Say what you think: `shovel review N --comment "..."`. Decide: `shovel promote N --comment "why"`; take it back:
+   `shovel rollback --comment "why"`. Do not move `champion` by hand: without a signed decision it is not served."""
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }.items():
@@ -174,10 +179,7 @@ class Run:
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
-        return next(
-            (run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)),
-            None,
-        )
+        return next((run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)), None)
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
@@ -279,18 +281,15 @@ def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     """Everything that says where a run comes from."""
     stage = os.environ.get("DVC_STAGE", "")
     text = section.model_dump_json() if section else "{}"
-    tags = (
-        process_tags()
-        | live.tags()
-        | {
-            "stage": label,
-            "git.baseline": repository.commit(),
-            "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
-            "params.sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "host": platform.node(),
-            "mlflow.source.name": f"pipelines/{label.split('-')[0]}.py",
-        }
-    )
+    tags = process_tags() | live.tags()
+    tags |= {
+        "stage": label,
+        "git.baseline": repository.commit(),
+        "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
+        "params.sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "host": platform.node(),
+        "mlflow.source.name": f"pipelines/{label.split('-')[0]}.py",
+    }
     tags |= {f"dvc.dep.{path}": md5 for path, md5 in repository.dependency_hashes(stage).items()}
     named = {"dvc.stage": stage, "dvc.exp_name": os.environ.get("DVC_EXP_NAME", "")}
     return tags | {key: value for key, value in named.items() if value}
@@ -414,17 +413,46 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
         return None
 
 
-def fetch_artifact(run_id: str | None, name: str, folder: Path) -> Path | None:
-    """A copy of an artifact in `folder`; None where the run or the artifact is not known here."""
+def seconds(client: MlflowClient, run_ids: Mapping[str, str]) -> dict[str, float]:
+    """How long each run took, by its label; those that this server does not know, or that still run, are left out."""
+    runs = {label: find_run(client, run_id) for label, run_id in run_ids.items()}
+    ended = {label: run.info for label, run in runs.items() if run and run.info.end_time}
+    return {label: (info.end_time - info.start_time) / 1000 for label, info in ended.items()}
+
+
+def tag_version(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
+    """Set the tags of a model version; returns it with them."""
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
+    return client.get_model_version(version.name, version.version)
+
+
+def upload(client: MlflowClient, run_id: str, folder: Path, name: str) -> None:
+    """A folder of small files as the artifact `name` of a run."""
+    client.log_artifacts(run_id, str(folder), name)
+
+
+def download(client: MlflowClient, run_id: str | None, name: str, into: Path) -> Path | None:
+    """The artifact folder `name` of a run, copied below `into`; None when the server has none."""
     from mlflow.exceptions import MlflowException
 
-    client = connect()
-    found = find_run(client, run_id)
+    try:
+        known = run_id and client.list_artifacts(run_id, name)
+    except MlflowException:
+        known = None
+    return Path(client.download_artifacts(run_id, name, str(into))) if known else None
+
+
+def page_of(client: MlflowClient, version: ModelVersion) -> Path:
+    """The review page of a version, copied into .mlflow/pages. Raises `UserError` when the server has none."""
+    from mlflow.exceptions import MlflowException
+
+    folder = home() / "pages" / f"{version.name}-{version.version}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return Path(client.download_artifacts(found.info.run_id, name, str(folder))) if found else None
+        return Path(client.download_artifacts(version.run_id, "review.html", str(folder)))
     except (MlflowException, OSError):
-        return None
+        raise UserError(f"{_where()} holds no review page of version {version.version} of {version.name}.") from None
 
 
 def ui_address(port: int) -> str:

@@ -189,6 +189,12 @@ def project(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Pr
     return reproduced.copy(tmp_path_factory.mktemp("project") / "mon é")
 
 
+@pytest.fixture(scope="session")
+def create_project() -> Callable[[Path], Project]:
+    """Makes a project in a folder, with nothing run yet."""
+    return Project.create
+
+
 @pytest.fixture
 def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """`project` with this process in it, as the kernel of a notebook is."""

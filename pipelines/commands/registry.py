@@ -18,14 +18,20 @@ def register() -> None:
     typer.echo(f"{version.name} version {version.version}, digest {version.tags['digest'][:12]}")
 
 
-def promote(version: Annotated[int | None, typer.Argument(help="the challenger when none is named")] = None) -> None:
+Comment = Annotated[str, typer.Option(help="why, for the release record")]
+
+
+def promote(
+    version: Annotated[int | None, typer.Argument(help="the challenger when none is named")] = None,
+    comment: Comment = "",
+) -> None:
     """Make a version the champion, if every gate holds."""
     from pipelines.params import load_params
     from pipelines.register import promote as promote_version
 
     params = load_params(PARAMS)
     name = params.register_.name
-    record = promote_version(params, RELEASE, REPORTS, version)
+    record = promote_version(params, RELEASE, REPORTS, version, comment)
     if record.get("unchanged"):
         typer.echo(f"{name} version {record['version']} is the champion already")
         return
@@ -34,11 +40,11 @@ def promote(version: Annotated[int | None, typer.Argument(help="the challenger w
     typer.echo(f"{name} version {record['version']} is the champion now; the record is in {REPORTS}/releases")
 
 
-def rollback() -> None:
+def rollback(comment: Comment = "") -> None:
     """Make the previous champion the champion again."""
     from pipelines.params import load_params
     from pipelines.register import rollback as roll_back
 
-    record = roll_back(load_params(PARAMS).register_, REPORTS)
+    record = roll_back(load_params(PARAMS).register_, REPORTS, comment)
     what = f"{record['model']} version {record['version']}"
     typer.echo(f"{what} is the champion again (it replaces {record['replaces']})")

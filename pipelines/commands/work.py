@@ -29,7 +29,9 @@ def check() -> None:
     typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {train.steps:,} steps")
 
 
-def use(preset: Annotated[str, typer.Argument(help="demo, laptop, ...", autocompletion=complete.presets)]) -> None:
+def use(
+    preset: Annotated[str, typer.Argument(help="demo, laptop, ...", autocompletion=complete.presets)],
+) -> None:
     """Rewrite params.yaml for another scale; git shows the change.
 
     Example: shovel use laptop
@@ -73,6 +75,7 @@ def run(
 def demo() -> None:
     """From raw text to a promoted model, and a short summary."""
     start = time.monotonic()
+    _fit_to_device()
     check()
     _repro([])
     from pipelines.lineage import link as link_runs
@@ -91,6 +94,16 @@ def demo() -> None:
     except UserError as error:
         typer.echo(f"promote    {error}", err=True)
     _summary(time.monotonic() - start)
+
+
+def _fit_to_device() -> None:
+    """Where params.yaml is still a preset of the demo: the short one if an emulated device computes, else the long."""
+    from moe_kernels import device as devices
+
+    wanted = "emulated" if devices.default().type == "npu" and devices.emulated() else "demo"
+    other = "demo" if wanted == "emulated" else "emulated"
+    if PARAMS.read_bytes() == (PRESETS / f"{other}.yaml").read_bytes():
+        use(wanted)
 
 
 def link() -> None:
@@ -128,27 +141,6 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of
     from pipelines.workbench.screen import show
 
     show(found)
-
-
-def review(
-    version: Annotated[str | None, typer.Argument(help="a number or alias; the challenger when none is named")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False,
-) -> None:
-    """What to decide on: the gates of a version and its review page, opened in a browser where there is a terminal.
-
-    Example: shovel review 2
-    """
-    from pipelines import project
-
-    found = project.review(version)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict()))
-        return
-    typer.echo(repr(found))
-    if sys.stdout.isatty():
-        import webbrowser
-
-        webbrowser.open(found.page.resolve().as_uri())
 
 
 def _dvc() -> list[str]:

@@ -105,7 +105,10 @@ def review(params: Params, which: int | str | None) -> Review:
 
     known = register.status(params.register_)
     if which is None and not known:
-        raise UserError(f"{params.register_.name} has no version yet; `shovel propose` makes one.")
+        raise UserError(
+            f"{params.register_.name} has no version yet, `shovel propose` makes one; the page of the last model is "
+            f"{REPORTS / 'review.html'}."
+        )
     found = register.version(params.register_, which or next(a for a in _ORDER if a in known))
     about = _described(params, found)
     mine = (RELEASE / "config.json").exists() and digests.of_folder(RELEASE) == about.digest
@@ -114,21 +117,15 @@ def review(params: Params, which: int | str | None) -> Review:
     conditions = gates.of_reports(params, REPORTS, bits) if mine else []
     rows = {gate.name: {"holds": gate.passed, "found": gate.what} for gate in conditions}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["holds", "found"])
-    return Review(about, table, _page(found, about, mine))
+    return Review(about, table, _page(found, mine))
 
 
 _ORDER = (register.CHALLENGER, register.CHAMPION, register.PREVIOUS)
 
 
-def _page(found: Any, about: Version, mine: bool) -> Path:
+def _page(found: Any, mine: bool) -> Path:
     """The review page of a version: the one of the working tree where it is about this model, else MLflow's copy."""
     page = REPORTS / "review.html"
     if mine and page.exists():
         return page
-    copy = tracking.fetch_artifact(found.run_id, "review.html", live.home() / "reviews" / str(about.version))
-    if copy is None:
-        raise UserError(
-            f"version {about.version} has no review page here; "
-            f"`git checkout {about.commit[:12]} && dvc pull` brings it."
-        )
-    return copy
+    return tracking.page_of(tracking.connect(), found)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PART = 64  # entries that are summed at a time over a cache
+
 
 def window_attention(
     q_BSHD: Tensor, kv_BSD: Tensor, entries_BTD: Tensor, sinks_H: Tensor, window_BSK: Tensor, visible_BST: Tensor
@@ -25,8 +27,7 @@ def window_attention(
     window = window_BSK.shape[-1] // 2
     short = -length % window
     q_BSHD = F.pad(q_BSHD, (0, 0, 0, 0, 0, short))
-    kv_BnWD = F.pad(kv_BSD, (0, 0, window, short)).unflatten(1, (-1, window))
-    chunks_CKD = torch.cat([kv_BnWD[:, :-1], kv_BnWD[:, 1:]], dim=2).flatten(0, 1)
+    chunks_CKD = chunks(kv_BSD, window)
     q_CSD = q_BSHD.reshape(len(chunks_CKD), window * heads, width)
     near_BSHK = torch.bmm(q_CSD, chunks_CKD.mT).view(rows, -1, heads, 2 * window)[:, :length]
     far_BSHT = _far(q_BSHD[:, :length], entries_BTD)
@@ -36,14 +37,27 @@ def window_attention(
     return out_BSHD + _from_entries(p_far, entries_BTD), p_far.detach().sum(dim=2)
 
 
+def chunks(kv_BSD: Tensor, window: int) -> Tensor:
+    """Each chunk of W tokens of each row, after the W tokens before it: [C, 2 W, D]; zeros where a row has none."""
+    kv_BnWD = F.pad(kv_BSD, (0, 0, window, -kv_BSD.shape[1] % window)).unflatten(1, (-1, window))
+    return torch.cat([kv_BnWD[:, :-1], kv_BnWD[:, 1:]], dim=2).flatten(0, 1)
+
+
 def cached_window_attention(
     q_BSHD: Tensor, kv_BKD: Tensor, entries_BTD: Tensor, sinks_H: Tensor, allowed_BSK: Tensor, visible_BST: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same over any keys, with what each query may see of them [B, S, K]."""
+    """The same over any keys, with what each query may see of them [B, S, K].
+
+    A row's result does not depend on how many entries, that it does not see, follow on its own.
+    """
     near_BSHK = _far(q_BSHD, kv_BKD)
     far_BSHT = _far(q_BSHD, entries_BTD)
     p_near, p_far = _probabilities(near_BSHK, far_BSHT, sinks_H, allowed_BSK, visible_BST, q_BSHD.shape[-1])
-    return _from_entries(p_near, kv_BKD) + _from_entries(p_far, entries_BTD), p_far.detach().sum(dim=2)
+    parts = zip(p_far.split(PART, dim=-1), entries_BTD.split(PART, dim=1), strict=True)
+    out_BSHD = _from_entries(p_near, kv_BKD)
+    for p_BSHt, entries_BtD in parts:
+        out_BSHD = out_BSHD + _from_entries(p_BSHt, entries_BtD)
+    return out_BSHD, p_far.detach().sum(dim=2)
 
 
 def _far(q_BSHD: Tensor, keys_BTD: Tensor) -> Tensor:
@@ -63,7 +77,7 @@ def _probabilities(
     logits = logits.masked_fill(~allowed, float("-inf"))
     sinks = sinks_H.float()[:, None].expand(*logits.shape[:-1], 1)
     return (
-        torch.cat([logits, sinks], dim=-1)
-        .softmax(dim=-1)[..., :-1]
+        torch.cat([sinks, logits], dim=-1)
+        .softmax(dim=-1)[..., 1:]
         .split([near_BSHK.shape[-1], far_BSHT.shape[-1]], dim=-1)
     )

@@ -1,0 +1,95 @@
+"""Commands of trust: look at a version, ask where it comes from, check it, sign."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from pipelines.commands import PARAMS, RELEASE, REPORTS
+
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of lines")]
+
+
+def review(
+    version: Annotated[str | None, typer.Argument(help="a number or alias; the challenger when none is named")] = None,
+    comment: Annotated[str, typer.Option(help="say this about the version, instead of showing it")] = "",
+    as_json: Json = False,
+) -> None:
+    """What to decide on: the gates of a version and its review page, or leave a comment for all who decide.
+
+    The page opens in a browser where there is a terminal.
+
+    Examples: shovel review 2; shovel review 2 --comment "knows too little Welsh"
+    """
+    import sys
+    import webbrowser
+
+    from pipelines import decisions, project, tracking
+
+    found = project.review(version)
+    if comment:
+        client = tracking.connect()
+        decisions.comment(client, client.get_model_version(found.version.name, str(found.version.version)), comment)
+        typer.echo(f"{found.version.name} version {found.version.version}: the comment is kept with it")
+        return
+    typer.echo(json.dumps(found.as_dict()) if as_json else repr(found))
+    if sys.stdout.isatty():
+        webbrowser.open(found.page.resolve().as_uri())
+
+
+def why(
+    version: Annotated[int | None, typer.Argument(help="the champion when none is named")] = None,
+    as_json: Json = False,
+) -> None:
+    """Why a version exists: data, filters, training, cost, comparison, decisions."""
+    from pipelines import register, tracking
+    from pipelines.why import lines, story
+
+    client = tracking.connect()
+    found = register.find(client, _name(), version, (register.CHAMPION, register.CHALLENGER))
+    told = story(client, found, REPORTS)
+    typer.echo(json.dumps(told, indent=2, ensure_ascii=False) if as_json else "\n".join(lines(told)))
+
+
+def keys() -> None:
+    """Make the key pair that signs: the private key stays in your home, the public one goes into reports/keys."""
+    from pipelines import keys as signing_keys
+
+    key = signing_keys.make(REPORTS / signing_keys.FOLDER)
+    typer.echo(f"private key  {signing_keys.private_file()}, mode 0600: keep a copy where only you can read it")
+    typer.echo(f"public key   {key.file}: commit it, so that others can check what you sign")
+
+
+def verify(
+    version: Annotated[int | None, typer.Argument(help="the champion when none is named")] = None,
+    as_json: Json = False,
+) -> None:
+    """Is a version what it claims to be? Offline; ends with 1 when a check fails, and says what is wrong."""
+    from pipelines import register
+    from pipelines.tracking import connect
+    from pipelines.verify import verify_anywhere
+
+    client, name = connect(), _name()
+    found = register.find(client, name, version, (register.CHAMPION, register.CHALLENGER))
+    live = int(found.version) == register.number(client, name, register.CHAMPION)
+    checks = verify_anywhere(client, found, RELEASE, REPORTS, promoted=live)
+    passed = all(check.passed for check in checks)
+    if as_json:
+        content = {"model": name, "version": int(found.version), "passed": passed}
+        content |= {"checks": [asdict(check) for check in checks]}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(f"{name} version {found.version}: {'every check holds' if passed else 'NOT what it claims to be'}")
+        for check in checks:
+            typer.echo(f"{'holds' if check.passed else 'FAILS'}  {check.name}: {check.what}")
+    raise typer.Exit(int(not passed))
+
+
+def _name() -> str:
+    """The registered model of this repository."""
+    from pipelines.params import load_params
+
+    return load_params(PARAMS).register_.name
