@@ -84,7 +84,7 @@ class Reading:
         """Whether all is read."""
         return self.at == self.length
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self, with_logits: bool = False) -> Tensor | None:
         """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
         part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
@@ -162,7 +162,7 @@ class Batch:
         if rows:
             self._arrange(rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """The next tokens of each row: one, or two where a draft was right."""
         start, width = time.perf_counter(), 1 if self.ahead is None or self.pace.probes else 2

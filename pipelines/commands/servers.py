@@ -42,13 +42,16 @@ def serve(
     from pipelines.register import champion_folder, status
 
     params = load_params(PARAMS)
-    folder, port = champion_folder(params.register_, RELEASE), port or params.serve.port
+    port = port or params.serve.port
     if engine is EngineName.transformers:
-        _transformers(folder, port)
+        _require_free(port)
+        _transformers(champion_folder(params.register_, RELEASE), port)
     from pipelines.serving import server
 
+    callers = server.callers_of(host, port, tokens)
+    folder = champion_folder(params.register_, RELEASE)
     version = str(status(params.register_)["champion"]["version"])
-    server.foreground(folder, params.register_.name, version, params.serve, host, port, tokens)
+    server.foreground(folder, params.register_.name, version, params.serve, host, port, callers)
 
 
 def usage(
@@ -78,7 +81,6 @@ def usage(
 
 def _transformers(folder: Path, port: int) -> None:
     """The server of transformers in place of this process, on 127.0.0.1."""
-    _require_free(port)
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
     typer.echo(f"serving {folder} at http://127.0.0.1:{port}/v1 with transformers (Ctrl-C ends it)")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

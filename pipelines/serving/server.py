@@ -43,6 +43,15 @@ def run(manager: Manager, params: Serve, host: str, port: int, callers: Mapping[
         ledger.close()
 
 
+def callers_of(host: str, port: int, tokens: Path | None) -> dict[str, str] | None:
+    """Who may ask there: bearer token -> name, or None for everybody on this machine. Raises `UserError` at once where
+    the address is taken, or could be reached by others without a token."""
+    callers = read_callers(tokens) if tokens else None
+    require_callers(host, callers)
+    require_free(port, host)
+    return callers
+
+
 def require_free(port: int, host: str = "127.0.0.1") -> None:
     """Raises `UserError` where something listens already, or nobody can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -71,11 +80,16 @@ def announce(name: str, version: str, host: str, port: int, with_token: bool) ->
     )
 
 
-def foreground(folder: Path, name: str, version: str, params: Serve, host: str, port: int, tokens: Path | None) -> None:
+def foreground(
+    folder: Path,
+    name: str,
+    version: str,
+    params: Serve,
+    host: str,
+    port: int,
+    callers: Mapping[str, str] | None,
+) -> None:
     """Load an exported folder and serve it until a signal. Raises `UserError`."""
-    callers = read_callers(tokens) if tokens else None
-    require_callers(host, callers)
-    require_free(port, host)
     manager = Manager(params)
     manager.switch(manager.load(folder, name, version))
     announce(name, version, host, port, callers is not None)

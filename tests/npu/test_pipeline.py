@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -14,7 +15,7 @@ from moe_kernels import device
 from model import load_pretrained
 
 PRETRAIN = ("python", "-m", "pipelines.pretrain")
-EVERY = 2  # steps between checkpoints
+EVERY, TRACE = 2, ".make/trace"  # steps between checkpoints, operators of the unbroken training
 emulated = pytest.mark.skipif(not device.emulated(), reason="provokes faults that only the emulator has")
 
 
@@ -24,7 +25,8 @@ def encoded(create_project, tmp_path_factory: pytest.TempPathFactory):
     project = create_project(tmp_path_factory.mktemp("npu") / "project")
     project.set_params(pretrain={"checkpoint_every": EVERY})
     project.run("dvc", "repro", "encode")
-    project.run(*PRETRAIN)
+    (project.folder / TRACE).parent.mkdir()
+    project.run(*PRETRAIN, FAKECANN_TRACE=str(project.folder / TRACE))
     return project
 
 
@@ -46,7 +48,7 @@ def test_each_fault_ends_in_one_sentence_and_the_training_goes_on(encoded, tmp_p
     """An operator that fails, an error that comes late, too little memory, a lost device; then the unbroken weights."""
     project = encoded.copy(tmp_path / "broken")
     weights = project.digests("data/models/base")
-    calls = operators_of_a_step(project, tmp_path / "trace")
+    calls = operators_of_a_step(project)
     faults = [
         ({"FAKECANN_FAULT": f"operator:aclnnRmsNorm:{4 * calls['aclnnRmsNorm']}"}, "ERR00100"),
         ({"FAKECANN_FAULT": f"async:aclnnGroupedMatmulV5:{4 * calls['aclnnGroupedMatmulV5']}"}, "ERR"),
@@ -64,12 +66,11 @@ def test_each_fault_ends_in_one_sentence_and_the_training_goes_on(encoded, tmp_p
     assert project.digests("data/models/base") == weights and steps_behind(project) == 0
 
 
-def operators_of_a_step(project, trace: Path) -> dict[str, int]:
-    """Calls of each operator in a training of the project, divided by its steps; nothing of it is kept."""
-    other = project.copy(trace.with_name("traced"))
-    other.run(*PRETRAIN, FAKECANN_TRACE=str(trace))
-    names = trace.read_text().split()
-    return {name: names.count(name) // other.read("reports/pretrain.json")["steps"] for name in set(names)}
+def operators_of_a_step(project) -> Counter[str]:
+    """Calls of each operator in the unbroken training, divided by its steps."""
+    steps = project.read("reports/pretrain.json")["steps"]
+    names = Counter((project.folder / TRACE).read_text().split())
+    return Counter({name: calls // steps for name, calls in names.items()})
 
 
 @pytest.fixture(scope="module")
