@@ -213,8 +213,8 @@ def review(version: int | str | None = None) -> Review:
     return proposal.review(load_params(), version)
 
 
-def promote(version: int | None = None) -> Version:
-    """Make a version the champion when every gate holds; the challenger, when none is named.
+def promote(version: int | None = None, comment: str = "") -> Version:
+    """Make a version the champion when every gate holds; the challenger, when none is named. comment: why.
 
     Raises `UserError` that names every gate which does not hold; nothing is moved then.
     """
@@ -224,16 +224,16 @@ def promote(version: int | None = None) -> Version:
     from pipelines.workbench import proposal
 
     params = load_params()
-    record = register.promote(params, proposal.RELEASE, proposal.REPORTS, version)
+    record = register.promote(params, proposal.RELEASE, proposal.REPORTS, version, comment)
     return proposal.version(params, record["version"])
 
 
-def rollback() -> Version:
-    """Make the previous champion the champion again."""
+def rollback(comment: str = "") -> Version:
+    """Make the previous champion the champion again. comment: why, for the release record."""
     from pipelines import register
     from pipelines.params import load_params
     from pipelines.workbench import proposal
 
     params = load_params()
-    record = register.rollback(params.register_, proposal.REPORTS)
+    record = register.rollback(params.register_, proposal.REPORTS, comment)
     return proposal.version(params, record["version"])
