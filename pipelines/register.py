@@ -21,6 +21,7 @@ from pipelines import (
     evidence,
     gates,
     lineage,
+    live,
     repository,
     signing,
     stage,
@@ -93,10 +94,14 @@ def rollback(params: Register, reports: Path, comment: str = "") -> dict[str, An
 
 
 def status(params: Register) -> dict[str, dict[str, Any]]:
-    """Version and bits per byte behind each alias that is set."""
+    """Version, bits per byte and digest behind each alias that is set."""
     client = tracking.connect()
     found = {alias: tracking.version_behind(client, params.name, alias) for alias in (CHAMPION, CHALLENGER, PREVIOUS)}
-    return {alias: {"version": int(v.version), "bits_per_byte": bits_of(v)} for alias, v in found.items() if v}
+    return {
+        alias: {"version": int(v.version), "bits_per_byte": bits_of(v), "digest": v.tags.get("digest")}
+        for alias, v in found.items()
+        if v
+    }
 
 
 def champion_folder(params: Register, release: Path) -> Path:
@@ -112,10 +117,39 @@ def champion_folder(params: Register, release: Path) -> Path:
     return release
 
 
+def folder_of(version: ModelVersion, release: Path) -> Path:
+    """A folder with the bytes of a version: `release` where it holds them, else a copy out of DVC's cache.
+
+    Raises `UserError` when neither has them.
+    """
+    if (release / "config.json").exists() and digests.of_folder(release) == version.tags.get("digest"):
+        return release
+    md5 = json.loads(version.tags.get("lineage", "{}")).get("dvc", {}).get(release.as_posix(), "")
+    copy = live.home() / "models" / version.tags.get("digest", "")[:16]
+    if not copy.exists():
+        try:
+            with stage.replacing(copy) as fresh:
+                repository.check_out(md5, release, fresh)
+        except (OSError, ValueError):
+            raise UserError(
+                f"the bytes of version {version.version} are not on this machine; "
+                f"`git checkout {version.tags.get('git.commit', '')[:12]} dvc.lock && dvc pull {release}` brings them."
+            ) from None
+    return copy
+
+
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     """All versions of the model, newest first."""
     found = client.search_model_versions(f"name = '{name}'")
     return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def version(params: Register, which: int | str) -> ModelVersion:
+    """A version by number or alias; raises `UserError` when there is none."""
+    client, text = tracking.connect(), str(which)
+    if text.isdigit():
+        return find(client, params.name, int(text))
+    return find(client, params.name, None, (text,))
 
 
 def find(

@@ -24,7 +24,7 @@ import psutil
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipelines import repository
+from pipelines import live, processes, repository
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Run:
         client.delete_run(self.run_id)
         self.run_id, self._logged = earlier.info.run_id, logged
         self._send({"status": "RUNNING"})
-        self._send({"tags": {name: tags[name] for name in (PARENT, *_process_tags()) if name in tags}})
+        self._send({"tags": {name: tags[name] for name in (PARENT, *process_tags()) if name in tags}})
 
     def when_finished(self, action: Callable[[], None]) -> None:
         """Do this once everything that the run makes is written: dropping checkpoints, for example."""
@@ -179,7 +179,7 @@ class Run:
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
-        return next((run for run in runs if run.info.status != "FINISHED" and not _is_alive(run.data.tags)), None)
+        return next((run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)), None)
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
@@ -230,50 +230,36 @@ def _start(label: str, section: BaseModel | None) -> Run:
 
 def _parent(client: MlflowClient, experiment: str) -> str | None:
     """The run of the `dvc repro` that started this process, made by its first stage."""
-    dvc = _dvc_process()
-    if dvc is None:
+    pipeline = _pipeline_process()
+    if pipeline is None:
         return None
-    identity = _identity(dvc)
+    identity = processes.identity(pipeline)
     with FileLock(home() / "parent.lock"):
         found = client.search_runs([experiment], f"tags.pipeline = '{identity}'", max_results=1)
         if found:
             return found[0].info.run_id
-        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit()}
-        name = os.environ.get("DVC_EXP_NAME") or f"pipeline {repository.commit()[:7]}".strip()
+        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit(), **live.tags()}
+        if experiment_name := os.environ.get("DVC_EXP_NAME"):
+            tags["dvc.exp_name"] = experiment_name
+        name = tags.get("run") or experiment_name or f"pipeline {repository.commit()[:7]}".strip()
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
-def _dvc_process() -> psutil.Process | None:
-    """The nearest ancestor that is a `dvc` command."""
-    for process in psutil.Process().parents():
-        with suppress(psutil.Error):
-            words = [Path(word).name for word in process.cmdline()[:3]]
-            if "dvc" in words:
-                return process
-    return None
+def _pipeline_process() -> psutil.Process | None:
+    """The nearest ancestor that runs stages: a `dvc` command, or a run in a folder of its own."""
+    return processes.ancestor(lambda words: "dvc" in words or "pipelines.workbench.trials" in words)
 
 
-def _identity(process: psutil.Process) -> str:
-    """host:pid:start, which no other process ever has."""
-    return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
-
-
-def _is_alive(tags: Mapping[str, str]) -> bool:
+def is_alive(tags: Mapping[str, str]) -> bool:
     """Whether the process that a run names still runs; one on another host counts as alive."""
-    host, pid, started = (tags.get("process") or "?:0:0").rsplit(":", 2)
-    if host != platform.node():
-        return host != "?"
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
-    except psutil.Error:
-        return False
+    return processes.is_alive(tags.get("process", ""))
 
 
 def reap(client: MlflowClient) -> int:
     """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
     found = client.get_experiment_by_name(EXPERIMENT)
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
-    dead = [run for run in running if not _is_alive(run.data.tags)]
+    dead = [run for run in running if not is_alive(run.data.tags)]
     for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
         status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
         client.set_terminated(run.info.run_id, status)
@@ -286,15 +272,17 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
     return next((status for status in ("KILLED", "FAILED") if status in stages), "FINISHED")
 
 
-def _process_tags() -> dict[str, str]:
-    return {"process": _identity(psutil.Process())}
+def process_tags() -> dict[str, str]:
+    """The tag that tells `is_alive` whether this process still runs."""
+    return {"process": processes.identity()}
 
 
 def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     """Everything that says where a run comes from."""
     stage = os.environ.get("DVC_STAGE", "")
     text = section.model_dump_json() if section else "{}"
-    tags = _process_tags() | {
+    tags = process_tags() | live.tags()
+    tags |= {
         "stage": label,
         "git.baseline": repository.commit(),
         "git.dirty": str(bool(repository.uncommitted_sources())).lower(),

@@ -14,31 +14,30 @@ Json = Annotated[bool, typer.Option("--json", help="JSON instead of lines")]
 
 
 def review(
-    version: Annotated[int | None, typer.Argument(help="the last model when none is named")] = None,
-    comment: Annotated[str, typer.Option(help="say this about the version, instead of opening its page")] = "",
+    version: Annotated[str | None, typer.Argument(help="a number or alias; the challenger when none is named")] = None,
+    comment: Annotated[str, typer.Option(help="say this about the version, instead of showing it")] = "",
+    as_json: Json = False,
 ) -> None:
-    """Open the review page of a version in a browser, or leave a comment on it for all who decide.
+    """What to decide on: the gates of a version and its review page, or leave a comment for all who decide.
 
-    Example: shovel review 3 --comment "samples are better"
+    The page opens in a browser where there is a terminal.
+
+    Examples: shovel review 2; shovel review 2 --comment "knows too little Welsh"
     """
+    import sys
     import webbrowser
 
-    from pipelines import decisions, register, tracking
-    from pipelines.params import UserError
+    from pipelines import decisions, project, tracking
 
-    page = REPORTS / "review.html"
-    if comment or version is not None:
+    found = project.review(version)
+    if comment:
         client = tracking.connect()
-        found = register.find(client, _name(), version)
-        if comment:
-            decisions.comment(client, found, comment)
-            typer.echo(f"{found.name} version {found.version}: the comment is kept with it")
-            return
-        page = tracking.page_of(client, found)
-    if not page.exists():
-        raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
-    typer.echo(page.resolve().as_uri())
-    webbrowser.open(page.resolve().as_uri())
+        decisions.comment(client, client.get_model_version(found.version.name, str(found.version.version)), comment)
+        typer.echo(f"{found.version.name} version {found.version.version}: the comment is kept with it")
+        return
+    typer.echo(json.dumps(found.as_dict()) if as_json else repr(found))
+    if sys.stdout.isatty():
+        webbrowser.open(found.page.resolve().as_uri())
 
 
 def why(

@@ -1,0 +1,124 @@
+"""`shovel status` in the states of a repository, and what the command line promises: exit codes, speed, completion."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from pipelines import cli
+from pipelines.commands import complete
+
+ROOT = Path(__file__).parents[2]
+Shovel = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def shovel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shovel:
+    """A command in this process: (exit code, what it prints, what it says beside)."""
+
+    def command(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shovel", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def status(shovel: Shovel) -> dict:
+    code, out, _ = shovel("status", "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def test_a_fresh_clone(fresh_project, shovel: Shovel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fresh_project.folder)
+    found = status(shovel)
+    assert found["next"]["command"] == "shovel demo" and found["summary"] == "Nothing has run here yet."
+    assert {stage["state"] for stage in found["stages"].values()} == {"stale"} and found["versions"] == {}
+    assert not (fresh_project.folder / ".mlflow").exists(), "asking makes nothing"
+
+
+def test_after_a_run_then_data_edited_params_edited_and_a_stage_that_failed(here, shovel: Shovel) -> None:
+    found = status(shovel)
+    assert {stage["state"] for stage in found["stages"].values()} == {"fresh"}
+    bits = here.read("reports/evaluate-chat.json")["bits_per_byte"]
+    assert found["figures"]["bits per held-out byte, chat"] == bits
+    here.commit("first")
+    assert status(shovel)["next"]["command"] == "shovel propose"
+
+    more = here.folder / "data/own/code/more.py"
+    more.write_text("# more\n")
+    found = status(shovel)
+    assert found["summary"] == "fetch is stale: data/own changed." and found["next"]["command"] == "shovel run"
+    assert found["stages"]["review"]["why"].endswith("will run before it")
+    assert any("data/own/code/more.py" in note for note in found["notes"])
+    more.unlink()
+
+    here.set_params(finetune={"learning_rate": 1e-4})
+    found = status(shovel)
+    assert found["summary"] == "finetune is stale: finetune.learning_rate 0.0005 -> 0.0001."
+    assert found["next"]["why"] == "runs finetune, evaluate@chat, export and review"
+
+    here.set_params(finetune={"languages": ["xx"]})
+    assert here.run("shovel", "run", "finetune", check=False).returncode == 2
+    found = status(shovel)
+    assert found["stages"]["finetune"]["state"] == "failed" and found["next"]["why"] == "once that is mended"
+    assert "finetune failed: params.yaml: `finetune.languages` ['xx'] has no dialogues" in found["summary"]
+    screen = shovel("status")[1]
+    assert screen.count("\n") <= 24 and screen.rstrip().splitlines()[-1].startswith("next  shovel run")
+    here.run("git", "checkout", "-q", "params.yaml")
+    assert status(shovel)["next"]["command"] == "shovel propose"
+
+
+def test_exit_codes_are_those_that_the_help_names(
+    here, shovel: Shovel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said, _ = shovel("--help")
+    assert code == 0 and cli.EXITS in " ".join(said.split())
+    assert shovel("status")[0] == 0
+    for words in ("run train --set a=1", "keep nothing", "use moon", "run --keep", "compare x", "chat", "watch"):
+        code, _, said = shovel(*words.split())
+        assert code == 2 and re.search(r"^shovel: .*[.;]$", said, re.MULTILINE), said
+        assert "Traceback" not in said
+    assert shovel("nonsense")[0] == 2
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.workbench.overview.overview", interrupted)
+    assert shovel("status")[0] == 130
+    monkeypatch.setattr("pipelines.audit.audit", lambda pid: type("Found", (), {"free": False})())
+    monkeypatch.setattr("pipelines.audit.sentence", lambda found: "an NVIDIA part is loaded")
+    assert shovel("audit", "--pid", "1")[0] == 1
+
+
+def test_every_command_has_help_and_those_of_the_daily_work_an_example() -> None:
+    helps = {command.callback.__name__: command.callback.__doc__ for command in cli.app.registered_commands}
+    assert all(helps.values())
+    for name in ("status", "run", "use", "runs", "watch", "keep", "compare", "propose", "review", "chat", "generate"):
+        assert re.search(rf"Examples?: shovel {name}", helps[name]), name
+
+
+def test_the_shell_completes_presets_stages_and_runs(here, shovel: Shovel) -> None:
+    assert complete.presets("d") == ["demo"] and complete.stages("f") == ["fetch", "finetune"]
+    (here.folder / ".runs/pretrain-1").mkdir(parents=True)
+    (here.folder / ".runs/pretrain-1/run.json").write_text("{}")
+    assert complete.runs("pre") == ["pretrain-1"]
+    command = get_command(cli.app)
+    parameter = next(p for p in command.commands["use"].params if p.name == "preset")
+    assert [item.value for item in parameter.shell_complete(typer.Context(command), "la")] == ["laptop"]
+    assert "--install-completion" in shovel("--help")[1]
+
+
+def test_the_commands_load_nothing_heavy() -> None:
+    code = "import sys, pipelines.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"torch", "mlflow", "dvc", "pandas", "numpy", "pydantic", "transformers", "great_expectations"}
