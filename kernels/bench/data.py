@@ -74,7 +74,8 @@ def _clean_and_check(folder: Path) -> dict[str, float]:
     params, start = load_params(PRESETS / "demo.yaml"), time.perf_counter()
     clean(params.clean, folder / "raw", folder / "clean", folder / "chat")
     middle = time.perf_counter()
-    limits = params.contracts.model_copy(update={"max_duplicate_rate": 1.0, "max_overlap_rate": 1.0})
+    rates = ("duplicate_rate", "overlap_rate", "secret_rate", "control_character_rate")
+    limits = params.contracts.model_copy(update={f"max_{name}": 1.0 for name in rates})  # any Python files will do
     pages = [folder / name for name in ("accepted.json", "page.html", "failed.html")]
     contracts(limits, folder / "clean", folder / "chat", *pages)
     return {"clean": middle - start, "contracts": time.perf_counter() - middle}

@@ -63,7 +63,7 @@ def main(
     """Parse, measure, print the rows, write them as JSON. A benchmark that fails says why in one line, exit code 1."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller shapes, fewer rounds, fewer peers")
-    parser.add_argument("--rounds", type=int, help="default 5, with --quick 2")
+    parser.add_argument("--rounds", type=int, help="default 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--output", type=Path)
     for name, settings in options:
@@ -71,7 +71,7 @@ def main(
     arguments = parser.parse_args()
     devices.prepare()
     torch.set_num_threads(arguments.threads)
-    rounds = arguments.rounds or (2 if arguments.quick else 5)
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
     try:
         rows = measure(Settings(arguments.quick, rounds, arguments.threads, devices.default()), arguments)
     except Unequal as error:

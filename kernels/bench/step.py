@@ -11,6 +11,7 @@ of as many active parameters in place of the experts, the limit that experts can
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -89,7 +90,21 @@ def transformers_peer(net: nn.Module, fused: bool | None = None, compiled: bool 
     return peer(net, lambda ids: forward(ids, use_cache=False).logits, fused)
 
 
-def contenders(config: ModelConfig, settings: Settings, wide: bool) -> dict[str, Contender]:
+def compiles(contender: Contender, data: tuple[Tensor, Tensor], precision: str) -> bool:
+    """Compile by a forward and backward pass without a step; a model that does not compile is named and left out."""
+    try:
+        with autocast(precision, data[0].device):
+            contender.loss(*data).backward()
+    except RuntimeError as error:
+        print(f"{COMPILED} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    contender.optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def contenders(
+    config: ModelConfig, settings: Settings, wide: bool, data: tuple[Tensor, Tensor], precision: str
+) -> dict[str, Contender]:
     """Who takes part; all but `dense` start from the weights of ours."""
     net = build(config, seed=0).to(settings.device).train()
     found = {OURS: ours(net), SHIPPED: transformers_peer(peers.transformers_model(net))}
@@ -99,7 +114,8 @@ def contenders(config: ModelConfig, settings: Settings, wide: bool) -> dict[str,
         return found
     found[TUNED] = transformers_peer(peers.transformers_model(net, flash=True), fused=True)
     if not settings.quick:
-        found[COMPILED] = transformers_peer(peers.transformers_model(net, flash=True), fused=True, compiled=True)
+        compiled = transformers_peer(peers.transformers_model(net, flash=True), fused=True, compiled=True)
+        found |= {COMPILED: compiled} if compiles(compiled, data, precision) else {}
         reference = build(config, seed=0).to(settings.device).train()
         found["ours, reference"] = ours(reference, reference_only)
     if not settings.quick and peers.has_torchtitan():
@@ -113,7 +129,7 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> list[Row]:
     family, precision, size = arguments.family, arguments.precision, arguments.hidden_size
     config, rows = shape(family, size), 1 if settings.quick else 4
     data = tokens(config, rows, settings.device)
-    taking_part = contenders(config, settings, wide=size > 256)
+    taking_part = contenders(config, settings, size > 256, data, precision)
     tolerances = {name: TOLERANCES[precision] for name in taking_part if name != DENSE} | {
         name: value for name, value in BF16_EXPERTS.items() if name in taking_part
     }
