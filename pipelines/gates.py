@@ -76,3 +76,11 @@ def of_decision(policy: Policy, comment: str) -> list[Gate]:
     """What a person owes the record."""
     what = "the decision has one" if comment else "say why with --comment"
     return [Gate("comment", bool(comment), what)] if policy.comment else []
+
+
+def of_comparison(reports: Path, live: int | None) -> Gate:
+    """Whether the review page compares with the version that is live now. live: its number, None without one."""
+    compared = stage.read_json(reports / "review.json", made_by="review")["compared_with"]
+    with_what, now = (f"version {number}" if number else "no champion" for number in (compared, live))
+    fix = "" if compared == live else f", but {now} is live; `dvc repro -sf review`, look at it, then decide"
+    return Gate("compared with the champion", compared == live, f"the review page compares with {with_what}{fix}")

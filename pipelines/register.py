@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import decisions, digests, evidence, gates, lineage, repository, signing, stage, tracking, verify
+from pipelines import decisions, digests, evidence, gates, lineage, locks, repository, signing, stage, tracking, verify
 from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     files = digests.of_files(release)
     digest = digests.combined(files)
     tracking.create_model(client, params.name, "The review page of a version says why it exists.")
-    known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
-    version = known[0] if known else None
-    if version is None or _lacks_signature(client, version, reports):
-        version = _write(client, params, release, reports, files, version)
-    if int(version.version) != number(client, params.name, CHAMPION):
-        client.set_registered_model_alias(params.name, CHALLENGER, version.version)
+    with locks.exclusively(client, params.name):
+        known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
+        version = known[0] if known else None
+        if version is None or _lacks_signature(client, version, reports):
+            version = _write(client, params, release, reports, files, version)
+        if int(version.version) != number(client, params.name, CHAMPION):
+            client.set_registered_model_alias(params.name, CHALLENGER, version.version)
     return version
 
 
@@ -62,6 +63,7 @@ def promote(
     found = [
         *gates.of_reports(params, reports, bits_of(live)),
         *gates.of_working_tree(chosen.tags.get("digest"), release),
+        gates.of_comparison(reports, int(live.version) if live else None),
         *gates.of_decision(params.policy, comment),
         *([verify.as_gate(verify.verify(client, chosen, release, reports))] if params.policy.signed else []),
     ]
@@ -71,11 +73,21 @@ def promote(
     return _move(client, name, reports, chosen, live, "promote", found, comment)
 
 
+def _require_unmoved(client: MlflowClient, name: str, live: ModelVersion | None) -> None:
+    """Raises `UserError` when another version is live than the one that the decision was made against."""
+    now = number(client, name, CHAMPION)
+    if now != (int(live.version) if live else None):
+        raise UserError(
+            f"somebody else made version {now} of {name} the champion just now, nothing was moved; compare with it "
+            "(`dvc repro -sf review`) and decide again."
+        )
+
+
 def rollback(params: Register, reports: Path, comment: str = "") -> dict[str, Any]:
     """Make the previous champion the champion again; the two change places. Returns the release record."""
     client = tracking.connect()
     previous, live = (tracking.version_behind(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
-    if previous is None:
+    if previous is None or (live and previous.version == live.version):
         raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
     return _move(client, params.name, reports, previous, live, "rollback", [], comment)
 
@@ -152,6 +164,8 @@ def _write(
         raise UserError(
             f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
         )
+    if not tracking.is_local():
+        repository.push(release)
     facts = lineage.facts(reports)
     digest = digests.combined(files)
     tags = {
@@ -209,12 +223,14 @@ def _move(
     record = _record(name, chosen, live, action, now)
     record |= {"gates": [asdict(gate) for gate in found], "comment": comment}
     tags = decisions.tags(record, reports)
-    with stage.replacing(file) as fresh:  # a full disk or a dead server: neither alias nor record without the other
+    # a full disk or a dead server: neither alias nor record without the other
+    with locks.exclusively(client, name), stage.replacing(file) as fresh:
+        _require_unmoved(client, name, live)
         stage.write_json(fresh, record)
-        tracking.tag_version(client, chosen, tags)
-        client.set_registered_model_alias(name, CHAMPION, chosen.version)
         if live:
             client.set_registered_model_alias(name, PREVIOUS, live.version)
+        tracking.tag_version(client, chosen, tags)
+        client.set_registered_model_alias(name, CHAMPION, chosen.version)
         if number(client, name, CHALLENGER) == int(chosen.version):
             client.delete_registered_model_alias(name, CHALLENGER)
     return record

@@ -30,7 +30,7 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
@@ -76,7 +76,7 @@ def connect() -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it also raises
     home().mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_file()):
+    with FileLock(lock_file()):
         try:
             client = MlflowClient(tracking_uri=uri(), registry_uri=uri())
             client.search_experiments(max_results=1)
@@ -87,7 +87,7 @@ def connect() -> MlflowClient:
     return client
 
 
-def _lock_file() -> Path:
+def lock_file() -> Path:
     """Beside an sqlite database, so that every repository which uses it takes the same lock; else our own."""
     scheme, _, path = uri().partition(":///")
     return Path(f"{path}.lock") if scheme == "sqlite" and Path(path).parent.is_dir() else home() / "lock"
@@ -158,7 +158,7 @@ class Run:
         client.delete_run(self.run_id)
         self.run_id, self._logged = earlier.info.run_id, logged
         self._send({"status": "RUNNING"})
-        self._send({"tags": {name: tags[name] for name in (PARENT, *_process_tags()) if name in tags}})
+        self._send({"tags": {name: tags[name] for name in (PARENT, *process_tags()) if name in tags}})
 
     def when_finished(self, action: Callable[[], None]) -> None:
         """Do this once everything that the run makes is written: dropping checkpoints, for example."""
@@ -174,7 +174,7 @@ class Run:
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
-        return next((run for run in runs if run.info.status != "FINISHED" and not _is_alive(run.data.tags)), None)
+        return next((run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)), None)
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
@@ -253,7 +253,7 @@ def _identity(process: psutil.Process) -> str:
     return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
 
 
-def _is_alive(tags: Mapping[str, str]) -> bool:
+def is_alive(tags: Mapping[str, str]) -> bool:
     """Whether the process that a run names still runs; one on another host counts as alive."""
     host, pid, started = (tags.get("process") or "?:0:0").rsplit(":", 2)
     if host != platform.node():
@@ -268,7 +268,7 @@ def reap(client: MlflowClient) -> int:
     """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
     found = client.get_experiment_by_name(EXPERIMENT)
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
-    dead = [run for run in running if not _is_alive(run.data.tags)]
+    dead = [run for run in running if not is_alive(run.data.tags)]
     for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
         status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
         client.set_terminated(run.info.run_id, status)
@@ -281,7 +281,8 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
     return next((status for status in ("KILLED", "FAILED") if status in stages), "FINISHED")
 
 
-def _process_tags() -> dict[str, str]:
+def process_tags() -> dict[str, str]:
+    """The tag that tells `is_alive` whether this process still runs."""
     return {"process": _identity(psutil.Process())}
 
 
@@ -289,7 +290,7 @@ def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     """Everything that says where a run comes from."""
     stage = os.environ.get("DVC_STAGE", "")
     text = section.model_dump_json() if section else "{}"
-    tags = _process_tags() | {
+    tags = process_tags() | {
         "stage": label,
         "git.baseline": repository.commit(),
         "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
@@ -385,15 +386,50 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
-def create_model(client: MlflowClient, name: str, description: str) -> None:
-    """A registered model of that name; fine when there is one."""
+def trouble(error: BaseException | None) -> str | None:
+    """The sentence for a server that went away or refuses, None for any other error."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return None
+    if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+        return f"{_where()} refuses: {error.message.removeprefix('PERMISSION_DENIED: ')}."
+    if "failed with exception" in error.message:
+        return f"{_where()} does not answer ({_reason(error)}); run the same command again when it does."
+    return None
+
+
+def create_model(client: MlflowClient, name: str, description: str, tags: dict[str, str] | None = None) -> bool:
+    """A registered model of that name; False when there was one."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name, description=description)
+        client.create_registered_model(name, tags, description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        return False
+    return True
+
+
+def find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
+    """The registered model of that name, None when there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def delete_model(client: MlflowClient, name: str) -> None:
+    """Delete a registered model; one that is gone, is not ours, or lies on a server that does not answer, stays so."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):
+        client.delete_registered_model(name)
 
 
 def version_behind(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
