@@ -11,12 +11,13 @@ The folder is named after the first digits of the exported folder's digest, so t
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import environment, tracking
+from pipelines import tracking
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 STATEMENT, SIGNATURE, BOM, ARTIFACT = "statement.json", "model.sig", "bom.cdx.json", "evidence"
 INPUTS = (Path("dvc.lock"), Path("params.yaml"), Path("data/sources.yaml"))
-OTHER = ("profile.json", "passport.json")  # below reports, but of no version
 
 
 def folder(reports: Path, digest: str) -> Path:
@@ -35,10 +35,10 @@ def folder(reports: Path, digest: str) -> Path:
 def collect(reports: Path, passports: str, target: Path) -> None:
     """Copy into `target` what the stages used and reported. passports: digests of those that the training ran under."""
     target.mkdir(parents=True)
-    files = [*INPUTS, *(file for file in reports.glob("*.json") if file.name not in OTHER)]
+    files = [*INPUTS, *(reports / run.name for run in sorted((reports / "runs").glob("*.json")))]
     files += sorted((reports / "plots").glob("documents-*.csv"))
-    passport = reports / environment.PASSPORT.name
-    if passport.exists() and environment.digest(passport) in passports:
+    passport = reports / "passport.json"
+    if passport.exists() and hashlib.sha256(passport.read_bytes()).hexdigest() in passports:
         files.append(passport)
     for file in files:
         shutil.copyfile(file, target / file.name)

@@ -175,7 +175,7 @@ def _write(
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
         **lineage.trained_on(reports),
         "lineage": json.dumps(facts | {"digests": files}, ensure_ascii=False),
-        **signing.sign(release, reports, files, facts),
+        **signing.sign(params.name, release, reports, files, facts),
     }
     review = tracking.find_run(client, facts["runs"].get("review"))
     if review:

@@ -49,7 +49,7 @@ def write(file: Path, audit: Audit) -> int:
         Property(name=f"{PROJECT}:nvidia_free", value=str(audit.free).lower()),
         *(Property(name=f"{PROJECT}:nvidia_library", value=path) for path in audit.nvidia_libraries),
     ]
-    components = [_component(package) for package in parts]
+    components = [component(package) for package in parts]
     bom.components = components
     bom.register_dependency(bom.metadata.component, components)
     with replacing(file) as fresh:
@@ -57,7 +57,8 @@ def write(file: Path, audit: Audit) -> int:
     return len(parts)
 
 
-def _component(package: Package) -> Component:
+def component(package: Package) -> Component:
+    """A distribution as a part of a bill."""
     address = PackageURL("pypi", name=package.name.lower().replace("_", "-"), version=package.version)
     licences = [LicenseFactory().make_from_string(package.licence)] if package.licence else []
     return Component(

@@ -6,13 +6,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipelines import digests, evidence, keys, stage, statement
+from pipelines import digests, evidence, keys, mlbom, stage, statement
 
 
-def sign(release: Path, reports: Path, files: dict[str, str], facts: dict[str, Any]) -> dict[str, str]:
+def sign(name: str, release: Path, reports: Path, files: dict[str, str], facts: dict[str, Any]) -> dict[str, str]:
     """Write the evidence of the folder `release`; returns the tags that tie a version to it.
 
-    files: sha256 of its files by name. facts: `lineage.facts`. A key is made on first use. Raises `UserError`.
+    name: the registered model. files: sha256 of the exported files by name. facts: `lineage.facts`. A key is made on
+    first use. Raises `UserError`.
     """
     key, made = keys.ensure(reports / keys.FOLDER)
     if made:
@@ -20,6 +21,7 @@ def sign(release: Path, reports: Path, files: dict[str, str], facts: dict[str, A
     target = evidence.folder(reports, digests.combined(files))
     with stage.replacing(target) as fresh:
         evidence.collect(reports, facts["passport"], fresh)
+        mlbom.write(fresh / evidence.BOM, name, release, files, facts["sources"])
         sign_model(release, fresh / evidence.SIGNATURE)
         sealed = statement.seal(statement.build(files, facts, fresh), key)
         (fresh / evidence.STATEMENT).write_text(sealed, encoding="utf-8")

@@ -103,6 +103,7 @@ def _of_evidence(version: ModelVersion, release: Path, folder: Path, known: dict
     yield _check("subject", lambda: _subject(content, release))
     yield _check("model signature", lambda: _signature(release, folder, key))
     yield _check("evidence", lambda: _evidence(content, folder))
+    yield _check("bill of materials", lambda: _bill(content, folder))
     yield _check("dvc.lock", lambda: _lock(content, folder, release))
     yield _check("git commit", lambda: _commit(content, folder))
     yield _check("data contracts", lambda: _contracts(content))
@@ -167,6 +168,21 @@ def _evidence(content: dict[str, Any], folder: Path) -> str:
     if found != wanted:
         raise ValueError(f"{folder}: {_difference(found, wanted)}")
     return f"{len(found)} files of inputs and reports have the hashes in the statement"
+
+
+def _bill(content: dict[str, Any], folder: Path) -> str:
+    """It lists the same files and the same sources under the same licences as the statement."""
+    bill = json.loads((folder / evidence.BOM).read_text(encoding="utf-8"))
+    files = {part["name"]: part["hashes"][0]["content"] for part in bill["metadata"]["component"]["components"]}
+    if files != (named := _digests(content["subject"])):
+        raise ValueError(f"it lists other files than the statement: {_difference(files, named)}")
+    data = {part["name"] for part in bill["components"] if part["type"] == "data"}
+    sources = {
+        one["name"].removeprefix("source ") for one in _dependencies(content) if "licence" in one.get("annotations", {})
+    }
+    if data != sources:
+        raise ValueError(f"it lists other sources than the statement: {', '.join(sorted(data ^ sources))}")
+    return f"CycloneDX, {len(files)} files, {len(data)} sources, {len(bill['components']) - len(data)} packages"
 
 
 def _inputs(content: dict[str, Any]) -> list[dict[str, Any]]:
