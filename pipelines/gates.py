@@ -39,9 +39,34 @@ def of_reports(params: Params, reports: Path, champion_bits: float | None) -> li
             export["passed"] and export["max_logit_difference"] <= export["limit"],
             f"logits differ from transformers' by {export['max_logit_difference']:.1e}, limit {export['limit']:.0e}",
         ),
+        *_agreement(reports),
         Gate("not worse than the champion", bits <= limit, f"{bits:.3f} bits per byte held out; {against}"),
         *([_no_nvidia(reports)] if params.policy.no_nvidia else []),
     ]
+
+
+def _agreement(reports: Path) -> list[Gate]:
+    """Whether transformers and the server say what the trained module says."""
+    found = stage.read_json(reports / "agreement.json", made_by="agreement")
+    limits, titles = found["limits"], {"transformers": "train = export", "server": "train = serve"}
+    return [Gate(title, agrees(found[name], limits), distances(found[name])) for name, title in titles.items()]
+
+
+def agrees(found: dict[str, float], limits: dict[str, float]) -> bool:
+    """Whether the distances from the trained module keep the limits of params.yaml; a NaN does not."""
+    return (
+        found["kl"] <= limits["kl"]
+        and found["top1_agreement"] >= limits["top1_agreement"]
+        and found["difference"] <= limits["difference"]
+    )
+
+
+def distances(found: dict[str, float]) -> str:
+    """Distances from the trained module, for a person to read."""
+    return (
+        f"KL {found['kl']:.1e} nats, best token the same at {found['top1_agreement']:.2%} of "
+        f"{found['positions']:,} positions, log p differs by at most {found['difference']:.1e}"
+    )
 
 
 def _no_nvidia(reports: Path) -> Gate:

@@ -99,19 +99,6 @@ def status(params: Register) -> dict[str, dict[str, Any]]:
     return {alias: {"version": int(v.version), "bits_per_byte": bits_of(v)} for alias, v in found.items() if v}
 
 
-def champion_folder(params: Register, release: Path) -> Path:
-    """The folder with the champion's bytes; raises `UserError` when this working tree holds other ones."""
-    live = tracking.version_behind(tracking.connect(), params.name, CHAMPION)
-    if live is None:
-        raise UserError(f"{params.name} has no champion yet; `make demo` makes one, `shovel promote` chooses one.")
-    if digests.of_folder(release) != live.tags.get("digest"):
-        raise UserError(
-            f"{release} is not what version {live.version}, the champion, was registered with; bring it back with "
-            f"`git checkout {live.tags.get('git.commit', '')[:12]} dvc.lock && dvc checkout {release}`."
-        )
-    return release
-
-
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     """All versions of the model, newest first."""
     found = client.search_model_versions(f"name = '{name}'")

@@ -84,6 +84,26 @@ def push(output: Path) -> None:
         raise UserError(f"`dvc push` fails ({reason}); the bytes of a version must be where others can get them.")
 
 
+def pull(md5: str) -> None:
+    """Bring an output that dvc.lock once named by `md5` from DVC's default remote into its cache.
+
+    Raises `UserError` when there is no remote, or when the remote has not got it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo  # a second of import
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    if not _dvc_config()["core"].get("remote"):
+        raise UserError("DVC has no default remote to pull from; name one with `dvc remote add -d`.")
+    try:
+        with Repo(str(root())) as repo:
+            missing = repo.cloud.pull([HashInfo("md5", md5)]).failed
+    except (DvcException, OSError) as error:
+        raise UserError(f"DVC's remote does not give {md5} ({error}); check it with `dvc status -c`.") from None
+    if missing:
+        raise UserError(f"DVC's remote has not got {md5}; `dvc push` where the model was registered brings it there.")
+
+
 def output_hashes() -> dict[str, str]:
     """md5 of every output in dvc.lock, by path; `.dir` marks a folder."""
     return {out["path"]: out["md5"] for stage in stages().values() for out in stage.get("outs", []) if "md5" in out}

@@ -229,12 +229,12 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
     dvc = _dvc_process()
     if dvc is None:
         return None
-    identity = _identity(dvc)
+    pipeline = identity(dvc)
     with FileLock(home() / "parent.lock"):
-        found = client.search_runs([experiment], f"tags.pipeline = '{identity}'", max_results=1)
+        found = client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
         if found:
             return found[0].info.run_id
-        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit()}
+        tags = {"pipeline": pipeline, "process": pipeline, "git.baseline": repository.commit()}
         name = os.environ.get("DVC_EXP_NAME") or f"pipeline {repository.commit()[:7]}".strip()
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
@@ -249,7 +249,7 @@ def _dvc_process() -> psutil.Process | None:
     return None
 
 
-def _identity(process: psutil.Process) -> str:
+def identity(process: psutil.Process) -> str:
     """host:pid:start, which no other process ever has."""
     return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
 
@@ -284,7 +284,7 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
 
 def process_tags() -> dict[str, str]:
     """The tag that tells `is_alive` whether this process still runs."""
-    return {"process": _identity(psutil.Process())}
+    return {"process": identity(psutil.Process())}
 
 
 def _tags(label: str, section: BaseModel | None) -> dict[str, str]:

@@ -1,0 +1,137 @@
+"""The process that serves: started in the background, found again, asked, ended.
+
+Its state is .serving/server.json (process, address, model, engine), its output .serving/server.log. A state whose
+process is gone, after kill -9 for example, counts as none.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import requests
+
+from pipelines import stage, tracking
+from pipelines.deploy import SERVING, Target
+from pipelines.params import UserError
+
+STATE, LOG = SERVING / "server.json", SERVING / "server.log"
+READY_S, STOP_S, SWITCH_S = 300.0, 60.0, 30.0  # patience with a start, with open answers, with a switch
+QUESTION = "How are you?"
+
+
+def running() -> dict[str, Any] | None:
+    """The state of the server of this repository, None when none runs."""
+    try:
+        state = json.loads(STATE.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return state if tracking.is_alive({"process": state["process"]}) else None
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises `UserError` when this repository serves already, or when the port is taken."""
+    if state := running():
+        raise UserError(
+            f"{state['model']} is served already at {state['address']}; it follows its alias, "
+            "`shovel deploy --stop` ends it."
+        )
+    require_port(host, port)
+
+
+def require_port(host: str, port: int) -> None:
+    """Raises `UserError` when the port is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); name another --port.") from None
+
+
+def claim(where: Target, engine: str, host: str, port: int, pid: int | None = None) -> None:
+    """Write the state of a process, this one when none is given; it stays the same when it becomes another program."""
+    process = psutil.Process(pid)
+    content = {"address": f"http://{host}:{port}", "engine": engine, "log": str(LOG), "model": str(where)}
+    stage.write_json(STATE, content | {"pid": process.pid, "process": tracking.identity(process)})
+
+
+def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process of its own session, which outlives this one; its output goes into the log."""
+    SERVING.mkdir(exist_ok=True)
+    with LOG.open("wb") as log:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def await_ready(process: subprocess.Popen[bytes], address: str) -> None:
+    """Wait until the server answers a question. Raises `UserError` with its own last words when it ends before."""
+    deadline = time.monotonic() + READY_S
+    with stage.progress("deploy", None) as advance:
+        while not _answers(address):
+            advance(0)
+            if process.poll() is not None:
+                lines = LOG.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+                raise UserError(f"the server ended: {lines[-1].removeprefix('deploy: ')}")
+            if time.monotonic() > deadline:
+                process.terminate()
+                raise UserError(f"the server did not answer within {READY_S:.0f} s; see {LOG}.")
+            time.sleep(0.25)
+
+
+def _answers(address: str) -> bool:
+    """The smoke test from outside: whether a question gets an answer."""
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4, "temperature": 0}
+    with suppress(requests.RequestException, KeyError, ValueError):
+        models = requests.get(f"{address}/v1/models", timeout=5).json()["data"]
+        done = requests.post(f"{address}/v1/chat/completions", json=body | {"model": models[0]["id"]}, timeout=60)
+        return done.ok and bool(done.json()["choices"])
+    return False
+
+
+def health(address: str) -> dict[str, Any] | None:
+    """What the server says of itself, None when it does not answer."""
+    with suppress(requests.RequestException, ValueError):
+        return requests.get(f"{address}/health", timeout=5).json()
+    return None
+
+
+def await_version(where: Target, version: int) -> float | None:
+    """Seconds until the server of this repository answers with that version; None when none follows this alias.
+
+    Raises `UserError` with the reason when the server refuses the version, or takes too long.
+    """
+    state, start_s = running(), time.monotonic()
+    if state is None or state["model"] != str(where) or state["engine"] != "builtin":
+        return None
+    while time.monotonic() - start_s < SWITCH_S:
+        found = health(state["address"]) or {}
+        if str(found.get("version")) == str(version):
+            return time.monotonic() - start_s
+        refused = (found.get("follows") or {}).get("refused") or {}
+        if refused.get("version") == str(version):
+            raise UserError(f"{where} moved, but version {found.get('version')} goes on serving: {refused['why']}")
+        time.sleep(0.2)
+    raise UserError(f"{where} moved, but after {SWITCH_S:.0f} s the old version still serves; see {state['log']}.")
+
+
+def stop() -> dict[str, Any] | None:
+    """End the server after the answers that it is giving; its state, None when none ran."""
+    state = running()
+    if state is None:
+        return None
+    process = psutil.Process(state["pid"])
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except psutil.TimeoutExpired:
+        process.kill()
+    STATE.unlink(missing_ok=True)
+    return state
