@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 from torch import Tensor
 
 from model.transformer import MoETransformer
-from pipelines import environment, gates, models, stage
+from pipelines import endpoint, environment, gates, models, stage
 from pipelines.corpus import dialogues, in_turn
 from pipelines.encode import BOS, load_encoder
 from pipelines.finetune import mark_assistant
@@ -53,9 +54,18 @@ class Answer:
 
 
 def agreement(
-    params: Agreement, tuned: Path, release: Path, clean: Path, chat: Path, run: Run | None = None
+    params: Agreement,
+    tuned: Path,
+    release: Path,
+    clean: Path,
+    chat: Path,
+    run: Run | None = None,
+    served: Path | None = None,
 ) -> dict[str, Any]:
-    """Distances of transformers and of the server, with the folder `release`, from the module in `tuned`."""
+    """Distances of transformers and of the server from the module in `tuned`.
+
+    served: the folder that the server gets, where it is not `release` but a copy to be tried. Raises `UserError`.
+    """
     if run:
         run.tag(**environment.tags(torch.device("cpu")))
     net = models.load(tuned, made_by="finetune")
@@ -64,8 +74,9 @@ def agreement(
     limits = params.limits(dtype)
     report = {"dtype": dtype, "limits": limits.model_dump(), "prompts": len(chosen)}
     report |= {"languages": sorted({p.language for p in chosen}), "lengths": sorted({len(p.ids) for p in chosen})}
-    for name, leg in (("transformers", by_transformers), ("server", by_server)):
-        report[name] = compare(net, leg(release, chosen, params.top_tokens))
+    legs = {"transformers": (by_transformers, release), "server": (by_server, served or release)}
+    for name, (leg, folder) in legs.items():
+        report[name] = compare(net, leg(folder, chosen, params.top_tokens))
         verdict = "agrees" if gates.agrees(report[name], report["limits"]) else "DIFFERS"
         stage.say(f"agreement  {name} {verdict}: {gates.distances(report[name])}")
     return report
@@ -98,6 +109,30 @@ def by_transformers(folder: Path, chosen: list[Prompt], top: int) -> Iterator[An
             logp_SV = theirs(torch.tensor([prompt.ids])).logits[0, :-1].float().log_softmax(-1)
         best = logp_SV.topk(min(top, logp_SV.shape[1]))
         yield Answer(prompt.ids, best.indices, best.values)
+
+
+def by_server(folder: Path, chosen: list[Prompt], top: int) -> Iterator[Answer]:
+    """What the server says over HTTP: of the prompt, and of the tokens that it then writes with its cache."""
+    with endpoint.serving(folder) as address:
+        for prompt in chosen:
+            yield _asked(address, prompt, top)
+
+
+def _asked(address: str, prompt: Prompt, top: int) -> Answer:
+    body = {"model": endpoint.ANY_NAME, "prompt": prompt.ids, "max_tokens": WRITTEN, "temperature": 0, "echo": True}
+    body |= {"logprobs": top, "return_tokens_as_token_ids": True}
+    done = requests.post(f"{address}/v1/completions", json=body, timeout=300)
+    done.raise_for_status()
+    scored = done.json()["choices"][0]["logprobs"]
+    best = [sorted(place.items(), key=lambda entry: -entry[1]) for place in scored["top_logprobs"][1:]]
+    tokens_SK = torch.tensor([[_id(token) for token, _ in place] for place in best])
+    logp_SK = torch.tensor([[logp for _, logp in place] for place in best])
+    return Answer([_id(token) for token in scored["tokens"]], tokens_SK, logp_SK)
+
+
+def _id(token: str) -> int:
+    """Of `token_id:17`."""
+    return int(token.removeprefix("token_id:"))
 
 
 def compare(net: MoETransformer, answers: Iterator[Answer]) -> dict[str, float]:

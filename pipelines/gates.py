@@ -9,6 +9,8 @@ from pathlib import Path
 from pipelines import digests, lineage, repository, stage
 from pipelines.params import Params, Policy
 
+AGREEMENT = {"transformers": "train = export", "server": "train = serve"}
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -45,11 +47,17 @@ def of_reports(params: Params, reports: Path, champion_bits: float | None) -> li
     ]
 
 
+def agreement_tags(reports: Path) -> dict[str, str]:
+    """Tags of a version: how far transformers and the server are from the trained module."""
+    found = stage.read_json(reports / "agreement.json", made_by="agreement")
+    return {f"agreement.{name}": distances(found[name]) for name in AGREEMENT}
+
+
 def _agreement(reports: Path) -> list[Gate]:
     """Whether transformers and the server say what the trained module says."""
     found = stage.read_json(reports / "agreement.json", made_by="agreement")
-    limits, titles = found["limits"], {"transformers": "train = export", "server": "train = serve"}
-    return [Gate(title, agrees(found[name], limits), distances(found[name])) for name, title in titles.items()]
+    limits = found["limits"]
+    return [Gate(title, agrees(found[name], limits), distances(found[name])) for name, title in AGREEMENT.items()]
 
 
 def agrees(found: dict[str, float], limits: dict[str, float]) -> bool:

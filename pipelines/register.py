@@ -161,6 +161,7 @@ def _write(
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
         **lineage.trained_on(reports),
+        **gates.agreement_tags(reports),
         "lineage": json.dumps(facts | {"digests": files}, ensure_ascii=False),
         **signing.sign(params.name, release, reports, files, facts),
     }
