@@ -1,7 +1,8 @@
 """What decoding keeps of the past, by position: taking tokens back only lowers a length.
 
 A ring of slots keeps the last positions; a growing store keeps all. Every row of a batch has a length of its own, so
-prompts of different lengths and speculative tokens need no copies. Shapes: B rows, S new tokens, N slots, C channels.
+prompts of different lengths and speculative tokens need no copies; rows join and leave by copying what is kept of them.
+Shapes: B rows, S new tokens, N slots, C channels.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from model.context import Context
 
 NOWHERE = -(1 << 40)  # the position of an empty slot
+STEP = 64  # a growing store shows a multiple of this many slots: products over them round alike for every number
 
 
 class Cache:
@@ -37,6 +40,20 @@ class Cache:
         """Say how many tokens each row has now; a later forward pass goes on from there."""
         self.lengths_B, self.capacity = lengths_B, int(lengths_B.max())
 
+    def rows(self, index_B: Tensor) -> Cache:
+        """A cache of those rows, in that order; a row may come several times."""
+        taken = Cache(0)
+        taken._stores = {key: slots.rows(index_B) for key, slots in self._stores.items()}
+        taken.settle(self.lengths_B[index_B])
+        return taken
+
+    def with_rows_of(self, other: Cache) -> Cache:
+        """A cache of these rows, then those of `other`; both have been through the same layers."""
+        both = Cache(0)
+        both._stores = {key: slots.with_rows_of(other._stores[key]) for key, slots in self._stores.items()}
+        both.settle(torch.cat([self.lengths_B, other.lengths_B]))
+        return both
+
 
 class Slots:
     """Vectors by position: slot p mod `size`, or slot p of a store that grows."""
@@ -45,6 +62,23 @@ class Slots:
         self.size = size
         self.values_BNC: Tensor | None = None
         self.positions_BN: Tensor | None = None
+
+    def rows(self, index_B: Tensor) -> Slots:
+        """Those rows, copied."""
+        assert self.values_BNC is not None and self.positions_BN is not None
+        return self._filled(self.values_BNC[index_B], self.positions_BN[index_B])
+
+    def with_rows_of(self, other: Slots) -> Slots:
+        """These rows and those of `other`, copied, with as many slots as the larger of the two."""
+        assert self.values_BNC is not None and other.values_BNC is not None
+        size = max(self.values_BNC.shape[1], other.values_BNC.shape[1]) - 1
+        values, positions = zip(self._widened(size), other._widened(size), strict=True)
+        return self._filled(torch.cat(values), torch.cat(positions))
+
+    def _filled(self, values_BNC: Tensor, positions_BN: Tensor) -> Slots:
+        made = Slots(self.size)
+        made.values_BNC, made.positions_BN = values_BNC, positions_BN
+        return made
 
     def joined(self, x_BSC: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """(kept vectors in order of position, then the new ones [B, N + S, C]; positions [B, N + S]); keeps the new.
@@ -65,7 +99,7 @@ class Slots:
 
     def write(self, x_BSC: Tensor, positions_BS: Tensor, kept_BS: Tensor, capacity: int = 0) -> Tensor:
         """Store the vectors that are to be kept; returns all slots [B, N, C]. capacity: slots that a store needs."""
-        size = self.size or max(capacity, 1)
+        size = self.size or max(-(-capacity // STEP), 1) * STEP
         self._room(x_BSC, size)
         assert self.values_BNC is not None and self.positions_BN is not None
         slots = self.values_BNC.shape[1] - 1  # the last one takes what is not kept
@@ -77,12 +111,21 @@ class Slots:
     def _room(self, like_BSC: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Slots for `size` positions (a store at least doubles) and one for what is not kept."""
         have = 0 if self.values_BNC is None else self.values_BNC.shape[1] - 1
+        if self.values_BNC is None:
+            self.values_BNC = like_BSC.new_empty(len(like_BSC), 1, like_BSC.shape[-1])
+            self.positions_BN = torch.full((len(like_BSC), 1), NOWHERE, device=like_BSC.device)
         if have < size:
-            size = size if self.size else max(size, 2 * have, 64)
-            values = like_BSC.new_zeros(len(like_BSC), size + 1, like_BSC.shape[-1])
-            positions = torch.full(values.shape[:2], NOWHERE, device=like_BSC.device)
-            if self.values_BNC is not None and self.positions_BN is not None:
-                values[:, :have], positions[:, :have] = self.values_BNC[:, :have], self.positions_BN[:, :have]
-            self.values_BNC, self.positions_BN = values, positions
+            self.values_BNC, self.positions_BN = self._widened(size if self.size else max(size, 2 * have, 64))
+        assert self.positions_BN is not None
+        return self.values_BNC[:, : self.size or -1], self.positions_BN[:, : self.size or -1]
+
+    def _widened(self, size: int) -> tuple[Tensor, Tensor]:
+        """Values and positions with empty slots up to `size`, and one more for what is not kept."""
         assert self.values_BNC is not None and self.positions_BN is not None
-        return self.values_BNC[:, : self.size or have], self.positions_BN[:, : self.size or have]
+        more = size + 1 - self.values_BNC.shape[1]
+        if not more:
+            return self.values_BNC, self.positions_BN
+        return (
+            F.pad(self.values_BNC[:, :-1], (0, 0, 0, more + 1)),
+            F.pad(self.positions_BN[:, :-1], (0, more + 1), value=NOWHERE),
+        )

@@ -52,7 +52,7 @@ class CompressedAttention(nn.Module):
         kv_BSD = rotate(self.kv_norm(self.kv_proj(x_BSD)).unsqueeze(2), *turn).squeeze(2)
         entries_BTD, visible_BST, scores_BST = self._entries(x_BSD, query_BSR, context, layer)
         out_BSHD, mass_BST = self._attend(q_BSHD, kv_BSD, entries_BTD, visible_BST, context, layer)
-        if scores_BST is not None:
+        if scores_BST is not None and context.cache is None:
             compare_indexer(scores_BST, mass_BST, visible_BST, c.index_topk, context, self.training)
         out_BSHD = rotate(out_BSHD, *turn, inverse=True)
         return self.o_b_proj(self._grouped(out_BSHD.flatten(2)))
@@ -74,7 +74,8 @@ class CompressedAttention(nn.Module):
         scores_BST = indexer.scores(x_BSD.detach(), query_BSR.detach(), context, layer)
         scores_BST = scores_BST.masked_fill(~visible_BST, HIDDEN)
         if context.sparse:
-            visible_BST = visible_BST & best(scores_BST, self.config.index_topk)
+            stable = context.cache is not None
+            visible_BST = visible_BST & best(scores_BST, self.config.index_topk, stable)
         return entries_BTD, visible_BST, scores_BST
 
     def _attend(
@@ -216,7 +217,10 @@ def compare_indexer(
         context.note("indexer_loss", (kl_BS * real_BS).sum() / real_BS.sum().clamp(min=1))
 
 
-def best(scores_BST: Tensor, count: int) -> Tensor:
-    """True at the `count` highest scores of each query, [B, S, T]."""
-    chosen = scores_BST.topk(min(count, scores_BST.shape[-1]), dim=-1, sorted=False).indices
+def best(scores_BST: Tensor, count: int, stable: bool = False) -> Tensor:
+    """True at the `count` highest scores of each query, [B, S, T]. stable: of equal ones the first, whatever T is."""
+    if stable:
+        chosen = scores_BST.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    else:
+        chosen = scores_BST.topk(min(count, scores_BST.shape[-1]), dim=-1, sorted=False).indices
     return torch.zeros_like(scores_BST, dtype=torch.bool).scatter_(-1, chosen, True)

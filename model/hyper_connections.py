@@ -49,7 +49,8 @@ class HyperConnection(nn.Module):
             h_TD, write_TN, mix_TNN = hyper_read(
                 x_TND, self.fn, self.base, self.scale, c.rms_norm_eps, c.hc_sinkhorn_iters, c.hc_eps
             )
-        context.note("sinkhorn_error", (mix_TNN.detach().sum(dim=-1) - 1).abs().max())
+        if context.cache is None:
+            context.note("sinkhorn_error", (mix_TNN.detach().sum(dim=-1) - 1).abs().max())
 
         def write(y_BSD: Tensor) -> Tensor:
             with full_precision(y_BSD.device):

@@ -122,10 +122,11 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, width, self.limit)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        """[B, S, D] -> [B, S, D]; notes the load of each expert, and what balances it."""
+        """[B, S, D] -> [B, S, D]; but while decoding, notes the load of each expert, and what balances it."""
         x_TD = x_BSD.flatten(0, 1)
         indices_TK, weights_TK, scores_TE = self.gate(x_TD, context.input_ids.flatten())
-        self._note(indices_TK, scores_TE, context)
+        if context.cache is None:
+            self._note(indices_TK, scores_TE, context)
         routed_TD = experts(x_TD, indices_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
         return self.shared_experts(x_BSD) + routed_TD.view_as(x_BSD)
 

@@ -183,6 +183,18 @@ class Register(Section):
     margin_bits_per_byte: float = Field(0.02, ge=0, description="a challenger may be worse than the champion by this")
 
 
+class Serve(Section):
+    port: int = Field(8000, ge=1, le=65535, description="of `shovel serve`")
+    max_batch: int = Field(16, ge=1, le=1024, description="requests that are decoded together")
+    max_queue: int = Field(64, ge=1, description="requests that wait; one more is answered with 429")
+    max_new_tokens: int = Field(256, ge=1, description="length of an answer whose request names none")
+    max_body_kib: int = Field(1024, ge=1, description="a longer request is answered with 413")
+    currency: str = Field("EUR", pattern=r"^[A-Z]{3}$", description="of the prices below, ISO 4217")
+    prompt_price: float = Field(0.10, ge=0, description="of a million prompt tokens")
+    cached_price: float = Field(0.02, ge=0, description="of a million prompt tokens that were known already")
+    completion_price: float = Field(0.40, ge=0, description="of a million new tokens")
+
+
 class Policy(Section):
     no_nvidia: bool = Field(True, description="no model is promoted whose training loaded an NVIDIA library")
     signed: bool = Field(True, description="no model is promoted whose signature and lineage `shovel verify` refuses")
@@ -202,6 +214,7 @@ class Params(Section):
     export: Export
     agreement: Agreement
     register_: Register = Field(alias="register")
+    serve: Serve
     policy: Policy
 
     @model_validator(mode="after")

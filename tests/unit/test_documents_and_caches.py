@@ -140,7 +140,7 @@ def test_rows_of_different_lengths_and_tokens_taken_back(net: MoETransformer) ->
 
 
 def test_greedy_decoding_of_unequal_prompts_is_that_of_each_alone(net: MoETransformer, monkeypatch) -> None:
-    monkeypatch.setattr(sys.modules["model.generate"], "CHUNK", 16)  # the longest prompt takes three passes
+    monkeypatch.setattr(sys.modules["model.batch"], "CHUNK", 16)  # the longest prompt takes three passes
     prompts = [tokens(n, seed=n).tolist() for n in (5, 33, 1, 20)]
     plain = generate(net, prompts, 24, speculate=False)
     ahead = generate(net, prompts, 24, speculate=True)

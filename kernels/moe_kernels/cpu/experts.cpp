@@ -18,6 +18,8 @@
 namespace {
 
 constexpr int64_t TOKENS = 16;
+constexpr int64_t FEWEST = 4;  // rows of a product: fewer go through other code, which rounds otherwise, and a token's
+                               // result must not depend on how many others chose its experts
 
 struct Routes {
   std::vector<int64_t> ends;          // rows before and of each expert, after a leading zero
@@ -97,20 +99,26 @@ void forward(const Sizes& z, const Routes& routes, const T* x, const float* weig
   each_expert(z.experts, [&](int64_t e) {
     const int64_t begin = routes.ends[e], count = routes.ends[e + 1] - begin;
     if (!count) return;
-    const std::vector<T> own = rows_of(routes, begin, count, z.choices, z.width, x);
-    std::vector<T> hidden(count * z.inner);
+    const int64_t wide = std::max(count, FEWEST);
+    std::vector<T> own = rows_of(routes, begin, count, z.choices, z.width, x);
+    std::vector<T> hidden(wide * z.inner), spare(count < wide ? wide * (2 * z.inner + z.width) : 0);
     std::vector<float> row(3 * z.inner);
-    T* both = kept + begin * 2 * z.inner;
-    product(matrix(own.data(), count, z.width), matrix(gate_up + e * 2 * z.inner * z.width, z.width, 2 * z.inner, true),
-            matrix(both, count, 2 * z.inner));
+    own.resize(wide * z.width);
+    T* both = count < wide ? spare.data() : kept + begin * 2 * z.inner;
+    T* out = count < wide ? spare.data() + wide * 2 * z.inner : rows.data() + begin * z.width;
+    product(matrix(own.data(), wide, z.width), matrix(gate_up + e * 2 * z.inner * z.width, z.width, 2 * z.inner, true),
+            matrix(both, wide, 2 * z.inner));
     for (int64_t i = 0; i < count; i++) {
       copy(both + i * 2 * z.inner, 2 * z.inner, row.data());
       swiglu_row(row.data(), row.data() + z.inner, z.inner, limit, weights[routes.pairs[begin + i]],
                  row.data() + 2 * z.inner);
       copy(row.data() + 2 * z.inner, z.inner, hidden.data() + i * z.inner);
     }
-    product(matrix(hidden.data(), count, z.inner), matrix(down + e * z.width * z.inner, z.inner, z.width, true),
-            matrix(rows.data() + begin * z.width, count, z.width));
+    product(matrix(hidden.data(), wide, z.inner), matrix(down + e * z.width * z.inner, z.inner, z.width, true),
+            matrix(out, wide, z.width));
+    if (count == wide) return;
+    std::copy_n(both, count * 2 * z.inner, kept + begin * 2 * z.inner);
+    std::copy_n(out, count * z.width, rows.data() + begin * z.width);
   });
   combine(routes, rows.data(), z.tokens, z.choices, z.width, y);
 }

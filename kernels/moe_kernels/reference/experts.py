@@ -8,6 +8,10 @@ no per-expert indexing of a stacked parameter under autograd, whose backward wou
 each expert. The routing weight is folded into the hidden activation, so the experts' outputs need not be kept.
 DeepSeek-V3, arXiv 2412.19437, equations 12 and 13.
 
+The products forwards take a multiple of four rows each, the last of which are the next expert's and come to nothing:
+fewer rows go through other code of a BLAS, which rounds otherwise, and a token's result must not depend on how many
+other tokens chose its experts.
+
 Both passes are operators of torch.library, `moe_kernels::experts` and `moe_kernels::experts_backward`. How many rows an
 expert gets is known only where the data is, and their shapes do not depend on it: fake tensors, the meta device and
 torch.compile take each pass as one node.
@@ -20,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+MULTIPLE = 4  # rows of a product
 
 
 def experts(
@@ -56,21 +62,22 @@ def _experts(
     """
     order_TK = indices_TK.flatten().argsort(stable=True).view_as(indices_TK)
     ends_E = torch.bincount(indices_TK.flatten(), minlength=gate_up.shape[0]).cumsum(0)
-    slices = _slices(ends_E)
     x_ND = x_TD.index_select(0, order_TK.flatten() // indices_TK.shape[1])
+    slices, wide_ND = _slices(ends_E, MULTIPLE), F.pad(x_ND, (0, 0, 0, MULTIPLE - 1))
     scale_N1 = weights_TK.flatten()[order_TK.flatten()].unsqueeze(1).to(x_TD.dtype)
-    gate_up_N2F = x_TD.new_empty(x_ND.shape[0], gate_up.shape[1])
+    wide_N2F = x_TD.new_empty(len(wide_ND), gate_up.shape[1])
     for expert, rows in slices:
-        torch.mm(x_ND[rows], gate_up[expert].t(), out=gate_up_N2F[rows])
+        torch.mm(wide_ND[rows], gate_up[expert].t(), out=wide_N2F[rows])
+    gate_up_N2F = wide_N2F[: len(x_ND)]
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=1)
     if limit is not None:
         gate_NF.clamp_(max=limit)
         up_NF.clamp_(-limit, limit)
-    hidden_NF = F.silu(gate_NF).mul_(up_NF).mul_(scale_N1)
-    y_ND = torch.empty_like(x_ND)
+    hidden_NF = F.pad(F.silu(gate_NF).mul_(up_NF).mul_(scale_N1), (0, 0, 0, MULTIPLE - 1))
+    y_ND = torch.empty_like(wide_ND)
     for expert, rows in slices:
         torch.mm(hidden_NF[rows], down[expert].t(), out=y_ND[rows])
-    return _combine(y_ND, order_TK), x_ND, order_TK, ends_E, scale_N1, gate_up_N2F
+    return _combine(y_ND[: len(x_ND)], order_TK), x_ND, order_TK, ends_E, scale_N1, gate_up_N2F
 
 
 @_experts.register_fake
@@ -146,11 +153,12 @@ def _gradients(ctx: Any, grad_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]
 _experts.register_autograd(_gradients, setup_context=_keep)
 
 
-def _slices(ends_E: Tensor) -> list[tuple[int, slice]]:
-    """(expert, its rows among the sorted ones) for every expert that has at least one row."""
+def _slices(ends_E: Tensor, multiple: int = 1) -> list[tuple[int, slice]]:
+    """(expert, its rows among the sorted ones) for every expert that has at least one row; a multiple of rows each."""
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
-    return [(expert, slice(a, b)) for expert, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
+    pairs = ((expert, a, b) for expert, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a)
+    return [(expert, slice(a, b + (a - b) % multiple)) for expert, a, b in pairs]
 
 
 def _places(order_TK: Tensor) -> Tensor:

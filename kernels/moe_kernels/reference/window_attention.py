@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PART = 64  # entries that are summed at a time over a cache
+
 
 def window_attention(
     q_BSHD: Tensor, kv_BSD: Tensor, entries_BTD: Tensor, sinks_H: Tensor, window_BSK: Tensor, visible_BST: Tensor
@@ -39,11 +41,18 @@ def window_attention(
 def cached_window_attention(
     q_BSHD: Tensor, kv_BKD: Tensor, entries_BTD: Tensor, sinks_H: Tensor, allowed_BSK: Tensor, visible_BST: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same over any keys, with what each query may see of them [B, S, K]."""
+    """The same over any keys, with what each query may see of them [B, S, K].
+
+    A row's result does not depend on how many entries, that it does not see, follow on its own.
+    """
     near_BSHK = _far(q_BSHD, kv_BKD)
     far_BSHT = _far(q_BSHD, entries_BTD)
     p_near, p_far = _probabilities(near_BSHK, far_BSHT, sinks_H, allowed_BSK, visible_BST, q_BSHD.shape[-1])
-    return _from_entries(p_near, kv_BKD) + _from_entries(p_far, entries_BTD), p_far.detach().sum(dim=2)
+    parts = zip(p_far.split(PART, dim=-1), entries_BTD.split(PART, dim=1), strict=True)
+    out_BSHD = _from_entries(p_near, kv_BKD)
+    for p_BSHt, entries_BtD in parts:
+        out_BSHD = out_BSHD + _from_entries(p_BSHt, entries_BtD)
+    return out_BSHD, p_far.detach().sum(dim=2)
 
 
 def _far(q_BSHD: Tensor, keys_BTD: Tensor) -> Tensor:
@@ -63,7 +72,7 @@ def _probabilities(
     logits = logits.masked_fill(~allowed, float("-inf"))
     sinks = sinks_H.float()[:, None].expand(*logits.shape[:-1], 1)
     return (
-        torch.cat([logits, sinks], dim=-1)
-        .softmax(dim=-1)[..., :-1]
+        torch.cat([sinks, logits], dim=-1)
+        .softmax(dim=-1)[..., 1:]
         .split([near_BSHK.shape[-1], far_BSHT.shape[-1]], dim=-1)
     )

@@ -1,0 +1,177 @@
+"""Sequences that are decoded together, and join and leave between steps (continuous batching, Orca, OSDI 2022).
+
+A prompt is read alone or with prompts of its length (`Reading`), a chunk a pass; then its rows join a `Batch`, each of
+whose steps gives a row its next tokens. A model with multi-token prediction speculates: the MTP block drafts one token
+ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
+arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
+
+What a row gets does not depend on its neighbours, to the last bit on a CPU: passes hold a multiple of four tokens, as
+products over fewer rows round otherwise, sums over the past are taken in parts of fixed size, and each row draws from
+a generator of its own.
+
+Shapes: B rows (real ones, then copies of row 0), R rows of a reading, S tokens, C tokens of a chunk, D hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.cache import Cache
+
+if TYPE_CHECKING:
+    from model.transformer import MoETransformer
+
+CHUNK = 512  # prompt tokens a pass
+MULTIPLE = 4  # tokens of a pass, and rows of a batch
+
+
+class Sampler:
+    """Chooses the tokens of one row: temperature 0 is greedy, top_p keeps the smallest set of tokens with that
+    probability (nucleus sampling, arXiv 1904.09751). Draws happen on the CPU: a seed means the same on every device.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+            raise ValueError("temperature must be >= 0 and finite, and 0 < top_p <= 1")
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, logits_V: Tensor) -> int:
+        """The next token of a row that is not greedy."""
+        p_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)
+        p_V, order_V = p_V.sort(dim=-1, descending=True, stable=True)
+        p_V = p_V.masked_fill(p_V.cumsum(dim=-1) - p_V >= self.top_p, 0.0)
+        return int(order_V[torch.multinomial(p_V.cpu(), 1, generator=self.generator)])
+
+
+def choose(logits_RV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """One token a row."""
+    best = logits_RV.argmax(dim=-1).tolist()
+    return [sampler.draw(logits_RV[row]) if sampler.temperature else best[row] for row, sampler in enumerate(samplers)]
+
+
+class Reading:
+    """Prompts of one length on their way into a batch: `advance` until `done`, then `tokens` has the first new ones."""
+
+    def __init__(
+        self,
+        net: MoETransformer,
+        prompts: Sequence[Sequence[int]],
+        samplers: Sequence[Sampler],
+        speculate: bool = True,
+    ) -> None:
+        self.net, self.samplers, self.length, self.at = net, list(samplers), len(prompts[0]), 0
+        device = net.lm_head.weight.device
+        self.ids_RS = torch.tensor([list(prompt) for prompt in prompts], dtype=torch.int64, device=device)
+        self.cache = Cache(len(prompts), device)
+        self.ahead = Cache(len(prompts), device) if speculate and net.config.num_nextn_predict_layers else None
+        self.tokens: list[int] = []
+        self.drafts: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether all is read."""
+        return self.at == self.length
+
+    @torch.no_grad()
+    def advance(self, with_logits: bool = False) -> Tensor | None:
+        """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
+        part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
+        count, short = part_RC.shape[1], -part_RC.shape[1] % MULTIPLE
+        counts_R = torch.full_like(self.cache.lengths_B, count)
+        out = self.net(F.pad(part_RC, (0, short)), cache=self.cache, counts_B=counts_R, with_logits=with_logits)
+        self.cache.settle(self.cache.lengths_B + count)
+        self.at += count
+        next_RC = self.ids_RS[:, self.at - count + 1 : self.at + 1]
+        if self.done:
+            self.logits_RV = _head(self.net, out.hidden[:, count - 1])
+            self.tokens = choose(self.logits_RV, self.samplers)
+            next_RC = torch.cat([next_RC, next_RC.new_tensor(self.tokens)[:, None]], dim=1)
+        if self.ahead is not None:
+            foretold = self.net.foretell(out.state, F.pad(next_RC, (0, short)), self.ahead, counts_R)
+            self.ahead.settle(self.ahead.lengths_B + count)
+            self.drafts = _head(self.net, foretold[:, count - 1]).argmax(dim=-1).tolist()
+        return out.logits[:, :count] if out.logits is not None else None
+
+
+class Batch:
+    """The state of the rows: what the trunk and the MTP block have seen, and the token and the draft that come next."""
+
+    def __init__(self) -> None:
+        self.samplers: list[Sampler] = []
+        self.logits_BSV: Tensor | None = None  # of the last step: those of row r's tokens are the first ones of [r]
+
+    def __len__(self) -> int:
+        return len(self.samplers)
+
+    def join(self, reading: Reading) -> None:
+        """The rows of a reading that is done come last. All readings of a batch are of one model."""
+        assert reading.done
+        new = list(zip(reading.tokens, reading.drafts or reading.tokens, strict=True))
+        rows = range(len(self))
+        if not rows:
+            self.net, self.next, self.cache, self.ahead = reading.net, new, reading.cache, reading.ahead
+        else:
+            self.next = self.next[: len(self)] + new
+            self.cache = self.cache.rows(self._index(rows)).with_rows_of(reading.cache)
+            if self.ahead is not None and reading.ahead is not None:
+                self.ahead = self.ahead.rows(self._index(rows)).with_rows_of(reading.ahead)
+        self.samplers += reading.samplers
+        self._arrange(range(len(self)))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """All other rows leave; these stay, in this order."""
+        self.samplers = [self.samplers[row] for row in rows]
+        if rows:
+            self._arrange(rows)
+
+    @torch.no_grad()
+    def step(self) -> list[list[int]]:
+        """The next tokens of each row: one, or two where a draft was right."""
+        width = 1 if self.ahead is None else 2
+        ids_BS = torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width]
+        out = self.net(ids_BS, cache=self.cache, with_logits=True)
+        self.logits_BSV = out.logits
+        tokens = [[token] for token in choose(out.logits[: len(self), 0], self.samplers)]
+        right = [row for row in range(len(self)) if width > 1 and tokens[row][0] == self.next[row][1]]
+        if right:
+            second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
+            for row, token in zip(right, second, strict=True):
+                tokens[row].append(token)
+        self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
+        return tokens
+
+    def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
+        """Go on after those tokens of each row, and draft the ones after."""
+        counts_B = torch.tensor([len(row) for row in tokens], device=state.device)
+        self.cache.settle(self.cache.lengths_B + counts_B)
+        drafts = [row[-1] for row in tokens]
+        if self.ahead is not None:
+            next_B2 = torch.tensor([(row * 2)[:2] for row in tokens], device=state.device)
+            foretold_BSD = self.net.foretell(state, next_B2, self.ahead, counts_B)
+            self.ahead.settle(self.ahead.lengths_B + counts_B)
+            last_BD = foretold_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
+            drafts = _head(self.net, last_BD).argmax(dim=-1).tolist()
+        self.next = [(row[-1], draft) for row, draft in zip(tokens, drafts, strict=True)]
+
+    def _arrange(self, rows: Sequence[int]) -> None:
+        """Those rows, and copies of the first up to a multiple of four."""
+        places = [*rows, *[rows[0]] * (-len(rows) % MULTIPLE)]
+        self.next = [self.next[place] for place in places]
+        self.cache = self.cache.rows(self._index(places))
+        self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(list(rows), device=self.cache.lengths_B.device)
+
+
+def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:
+    """Logits [R, V] fp32."""
+    rows = len(hidden_RD)
+    return F.linear(F.pad(hidden_RD, (0, 0, 0, -rows % MULTIPLE)), net.lm_head.weight)[:rows].float()

@@ -1,0 +1,314 @@
+"""Many requests decoded together: a thread of its own around `model/batch.py`.
+
+Requests wait in a queue; between two steps of the running rows one chunk of newcomers' prompts is read, so that nobody
+stalls long; an answer goes to its request's `emit`, piece by piece, in the engine's thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_kernels import device as devices
+from torch import Tensor
+
+from model import batch
+from model.batch import Batch, Reading, Sampler
+from model.transformer import MoETransformer
+from pipelines import environment, models, stage
+from pipelines.serving.text import Answer, Text
+
+SPEED_WINDOW_S = 10.0  # tokens/s are of the last seconds
+FIRST_ANSWER_S = 600.0  # kernels are built before it
+PROMPT_LOGITS = 1 << 25  # numbers of prompt logits at a time
+
+
+class QueueFull(Exception):
+    """No more requests can wait."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token, its log-probability (None for the first of a prompt) and the best ones in its place, best first."""
+
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Piece:
+    """What a request gets: text and scored tokens; the last piece has a finish reason, or an error."""
+
+    text: str = ""
+    scored: list[Scored] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop", "length" or "error"
+
+
+@dataclass
+class Request:
+    """A prompt and how to go on from it. max_new_tokens 0 only reads; score_prompt: a first piece scores the prompt.
+
+    logprobs: that many best tokens in each place, None: no scores. emit takes each `Piece` in the engine's thread.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    emit: Callable[[Piece], None]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stops: Sequence[str] = ()
+    logprobs: int | None = None
+    score_prompt: bool = False
+    cancelled: bool = False
+    arrived_s: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
+    ended_s: float | None = None
+    completion_tokens: int = 0
+
+    def cancel(self) -> None:
+        """The engine drops it at its next step."""
+        self.cancelled = True
+
+
+@dataclass
+class _Row:
+    """A request that is being read or decoded."""
+
+    request: Request
+    answer: Answer
+    reading: Reading | None = None
+    scored: list[Scored] = field(default_factory=list)
+
+
+class Engine:
+    """One loaded model that answers requests until it is closed."""
+
+    def __init__(
+        self, net: MoETransformer, text: Text, name: str, version: str, max_batch: int, max_queue: int
+    ) -> None:
+        self.net, self.text, self.name, self.version = net.eval(), text, name, version
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.context = net.config.max_position_embeddings
+        self.stop_tokens = _stop_tokens(net.config.eos_token_id)
+        self._waiting: deque[Request] = deque()
+        self._rows: list[_Row] = []  # in the order of the batch
+        self._reading: _Row | None = None
+        self._batch = Batch()
+        self._closing = False
+        self._changed = threading.Condition()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._thread = threading.Thread(target=self._run, name=f"engine {name} {version}", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, folder: Path, name: str, version: str, max_batch: int, max_queue: int) -> Engine:
+        """From an exported folder, on this machine's device, after a first answer; raises `UserError`."""
+        stage.say(f"serve      loading {name} version {version} from {folder}")
+        devices.prepare()
+        device = devices.default()
+        environment.distrust(device)
+        net = models.load(folder, made_by="export").to(device)
+        engine = cls(net, Text(folder), name, version, max_batch, max_queue)
+        engine.complete([0], 4, timeout_s=FIRST_ANSWER_S)
+        return engine
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that are read or decoded."""
+        return len(self._rows) + (self._reading is not None)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens over the last seconds."""
+        since = time.monotonic() - SPEED_WINDOW_S
+        return sum(count for at, count in list(self._recent) if at >= since) / SPEED_WINDOW_S
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; raises `QueueFull`, and `RuntimeError` when the engine is closed."""
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFull
+            self._waiting.append(request)
+            self._changed.notify()
+
+    def complete(self, prompt: list[int], max_new_tokens: int, timeout_s: float = 60.0, **options: Any) -> list[Piece]:
+        """The pieces of one answer, waited for; raises `TimeoutError`, and `RuntimeError` when the engine failed."""
+        pieces: queue.Queue[Piece] = queue.Queue()
+        request = Request(prompt, max_new_tokens, pieces.put, **options)
+        self.submit(request)
+        got: list[Piece] = []
+        end = time.monotonic() + timeout_s
+        while not got or got[-1].finish_reason is None:
+            try:
+                got.append(pieces.get(timeout=max(end - time.monotonic(), 0)))
+            except queue.Empty:
+                request.cancel()
+                raise TimeoutError(f"no answer within {timeout_s:.0f} s") from None
+        if got[-1].finish_reason == "error":
+            raise RuntimeError(got[-1].text)
+        return got
+
+    def close(self) -> None:
+        """Take no more requests, answer those that are here, end. Waits."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self.running or self._closing)
+                if self._closing and not self._waiting and not self.running:
+                    return
+            try:
+                self._drop_cancelled()
+                self._read()
+                self._decode()
+            except Exception as error:  # noqa: BLE001  one bad step must not end the server
+                self._fail(error)
+
+    def _read(self) -> None:
+        """Up to one chunk of newcomers' prompts."""
+        budget = batch.CHUNK
+        while budget > 0 and (row := self._newcomer()) is not None:
+            reading = row.reading
+            assert reading is not None
+            before = reading.at
+            logits = reading.advance(with_logits=row.request.score_prompt)
+            budget -= reading.at - before
+            if logits is not None:
+                self._score_prompt(row, logits[0], before)
+            if reading.done:
+                self._reading = None
+                self._begin(row, reading)
+
+    def _newcomer(self) -> _Row | None:
+        """The request that is being read, or the next one that waits, where there is room."""
+        while self._reading is None and self._waiting and len(self._rows) < self.max_batch:
+            with self._changed:
+                request = self._waiting.popleft()
+            if request.cancelled:
+                continue
+            sampler = Sampler(request.temperature, request.top_p, request.seed)
+            reading = Reading(self.net, [request.prompt], [sampler])
+            self._reading = _Row(request, Answer(self.text, request.stops), reading)
+        return self._reading
+
+    def _begin(self, row: _Row, reading: Reading) -> None:
+        """The prompt is read: its score goes out, its first token counts, and its row joins the others."""
+        request, row.reading = row.request, None
+        if request.score_prompt:
+            request.emit(Piece(scored=row.scored))
+        if request.max_new_tokens == 0:
+            self._end(row, Piece(finish_reason="length"))
+            return
+        self._rows.append(row)
+        self._batch.join(reading)
+        if self._take(row, reading.tokens, reading.logits_RV):
+            self._keep([place for place, other in enumerate(self._rows) if other is not row])
+
+    def _decode(self) -> None:
+        """One step of the running rows."""
+        if not self._rows:
+            return
+        tokens = self._batch.step()
+        logits_BSV = self._batch.logits_BSV
+        assert logits_BSV is not None
+        done = {place for place, row in enumerate(self._rows) if self._take(row, tokens[place], logits_BSV[place])}
+        if done:
+            self._keep([place for place in range(len(self._rows)) if place not in done])
+
+    def _take(self, row: _Row, tokens: list[int], logits_SV: Tensor) -> bool:
+        """New tokens of a row, each chosen from its logits; sends them and says whether the answer is complete."""
+        request, piece = row.request, Piece()
+        for place, token in enumerate(tokens):
+            request.completion_tokens += 1
+            ended = token in self.stop_tokens
+            piece.tokens.append(token)
+            if request.logprobs is not None:
+                piece.scored += scores(logits_SV[place : place + 1], [token], request.logprobs)
+            piece.text += "" if ended else row.answer.push(token)
+            if ended or row.answer.stopped:
+                piece.finish_reason = "stop"
+            elif request.completion_tokens == request.max_new_tokens:
+                piece.finish_reason = "length"
+            if piece.finish_reason:
+                break
+        self._recent.append((time.monotonic(), len(piece.tokens)))
+        while self._recent[0][0] < time.monotonic() - SPEED_WINDOW_S:
+            self._recent.popleft()
+        request.first_token_s = request.first_token_s or time.monotonic()
+        if piece.finish_reason:
+            piece.text += row.answer.finish()
+            self._end(row, piece)
+        else:
+            request.emit(piece)
+        return piece.finish_reason is not None
+
+    def _end(self, row: _Row, piece: Piece) -> None:
+        row.request.ended_s = time.monotonic()
+        row.request.emit(piece)
+
+    def _keep(self, places: list[int]) -> None:
+        self._rows = [self._rows[place] for place in places]
+        self._batch.keep(places)
+
+    def _drop_cancelled(self) -> None:
+        if self._reading and self._reading.request.cancelled:
+            self._reading = None
+        places = [place for place, row in enumerate(self._rows) if not row.request.cancelled]
+        if len(places) < len(self._rows):
+            self._keep(places)
+
+    def _fail(self, error: Exception) -> None:
+        """Everything in flight ends with an error; the queue goes on."""
+        stage.say(f"serve      a step failed: {type(error).__name__}: {error}")
+        rows = [*self._rows, *([self._reading] if self._reading else [])]
+        self._rows, self._reading, self._batch = [], None, Batch()
+        for row in rows:
+            self._end(row, Piece(text="the engine failed; try again", finish_reason="error"))
+
+    def _score_prompt(self, row: _Row, logits_CV: Tensor, start: int) -> None:
+        """Scores of the prompt's tokens that a chunk's logits foretell: those from start + 1 on."""
+        request = row.request
+        if not row.scored:
+            row.scored.append(Scored(request.prompt[0], None, []))
+        tokens = request.prompt[start + 1 : start + 1 + len(logits_CV)]
+        part = max(1, PROMPT_LOGITS // logits_CV.shape[1])
+        for at in range(0, len(tokens), part):
+            row.scored += scores(logits_CV[at : at + part], tokens[at : at + part], request.logprobs or 0)
+
+
+def scores(logits_SV: Tensor, tokens: list[int], top: int) -> list[Scored]:
+    """Log-probabilities of tokens under the logits in their places, and the `top` best ones there."""
+    logprobs_SV = logits_SV[: len(tokens)].log_softmax(dim=-1)
+    best, ids = (x.tolist() for x in logprobs_SV.topk(min(top, logits_SV.shape[1]), dim=-1))
+    own = logprobs_SV.gather(1, torch.tensor(tokens, device=logits_SV.device)[:, None])[:, 0].tolist()
+    return [Scored(t, lp, list(zip(i, b, strict=True))) for t, lp, i, b in zip(tokens, own, ids, best, strict=True)]
+
+
+def _stop_tokens(eos: int | Sequence[int] | None) -> set[int]:
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
