@@ -115,11 +115,11 @@ def by_server(folder: Path, chosen: list[Prompt], top: int) -> Iterator[Answer]:
     """What the server says over HTTP: of the prompt, and of the tokens that it then writes with its cache."""
     with endpoint.serving(folder) as address:
         for prompt in chosen:
-            yield _asked(address, prompt, top)
+            yield _asked(address, folder.name, prompt, top)
 
 
-def _asked(address: str, prompt: Prompt, top: int) -> Answer:
-    body = {"model": endpoint.ANY_NAME, "prompt": prompt.ids, "max_tokens": WRITTEN, "temperature": 0, "echo": True}
+def _asked(address: str, name: str, prompt: Prompt, top: int) -> Answer:
+    body = {"model": name, "prompt": prompt.ids, "max_tokens": WRITTEN, "temperature": 0, "echo": True}
     body |= {"logprobs": top, "return_tokens_as_token_ids": True}
     done = requests.post(f"{address}/v1/completions", json=body, timeout=300)
     done.raise_for_status()

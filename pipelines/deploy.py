@@ -3,7 +3,7 @@
     shovel deploy models:/shovel-demo@champion
 
 Bytes come from the working tree where dvc.lock names them, else from DVC's cache, else from its remote. What is served
-is a copy in .serving/<digest>, which no `dvc repro` touches. A version is refused when a byte, a signature or its
+is a copy in .serve/<digest>, which no `dvc repro` touches. A version is refused when a byte, a signature or its
 lineage is not as registered, and behind `champion` also when it was not promoted through the gates.
 """
 
@@ -24,7 +24,7 @@ from pipelines.register import CHAMPION, RELEASE, REPORTS, bits_of
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
 
-SERVING = Path(".serving")
+SERVING = Path(".serve")
 
 
 @dataclass(frozen=True)

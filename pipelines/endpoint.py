@@ -1,17 +1,20 @@
 """The process that serves: started in the background, found again, asked, ended.
 
-Its state is .serving/server.json (process, address, model, engine), its output .serving/server.log. A state whose
+Its state is .serve/server.json (process, address, model, engine), its output .serve/server.log. A state whose
 process is gone, after kill -9 for example, counts as none.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -62,27 +65,46 @@ def claim(where: Target, engine: str, host: str, port: int, pid: int | None = No
     stage.write_json(STATE, content | {"pid": process.pid, "process": tracking.identity(process)})
 
 
-def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A process of its own session, which outlives this one; its output goes into the log."""
-    SERVING.mkdir(exist_ok=True)
-    with LOG.open("wb") as log:
+def start(command: Sequence[str], environment: Mapping[str, str], output: Path = LOG) -> subprocess.Popen[bytes]:
+    """A process of its own session, which outlives this one; its output goes into a file."""
+    output.parent.mkdir(exist_ok=True)
+    with output.open("wb") as log:
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
 
 
-def await_ready(process: subprocess.Popen[bytes], address: str) -> None:
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a server of one folder, which ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pipelines.serving", str(folder), "127.0.0.1", str(port)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_STAGE")}
+    output = SERVING / f"{port}.log"
+    process = start(command, environment, output)
+    try:
+        await_ready(process, f"http://127.0.0.1:{port}", output)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(STOP_S)
+        output.unlink()
+
+
+def await_ready(process: subprocess.Popen[bytes], address: str, output: Path = LOG) -> None:
     """Wait until the server answers a question. Raises `UserError` with its own last words when it ends before."""
     deadline = time.monotonic() + READY_S
     with stage.progress("deploy", None) as advance:
         while not _answers(address):
             advance(0)
             if process.poll() is not None:
-                lines = LOG.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+                lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
                 raise UserError(f"the server ended: {lines[-1].removeprefix('deploy: ')}")
             if time.monotonic() > deadline:
                 process.terminate()
-                raise UserError(f"the server did not answer within {READY_S:.0f} s; see {LOG}.")
+                raise UserError(f"the server did not answer within {READY_S:.0f} s; see {output}.")
             time.sleep(0.25)
 
 

@@ -10,14 +10,17 @@ serving: the log, the tag `deploy.refused` and /health say so. A registry that i
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from typing import Any
 
 from pipelines import deploy, stage, tracking
-from pipelines.params import Params, UserError
+from pipelines.params import Params, UserError, load_params
 from pipelines.serving.engine import Engine
+from pipelines.serving.ledger import LEDGER
 from pipelines.serving.manager import Manager
+from pipelines.serving.server import run
 
 POLL_S, RETRY_S = 2.0, 30.0  # seconds between two looks at the alias, and before a refused version is tried again
 SMOKE = [{"role": "user", "content": "How are you?"}]
@@ -117,3 +120,22 @@ def smoke(engine: Engine) -> None:
     scored = [token for piece in pieces for token in piece.scored]
     if not scored or not all(token.logprob is not None and math.isfinite(token.logprob) for token in scored):
         raise ValueError("it wrote no token, or one whose probability is no number")
+
+
+def main(text: str, host: str, port: str) -> None:
+    """Serve what an alias names until told to end. Raises `UserError` when that may not be served."""
+    params = load_params()
+    where = deploy.target(text, params.register_.name)
+    manager = Manager(params.serve)
+    follower = Follower(manager, where, params, f"http://{host}:{port}")
+    follower.start()
+    try:
+        run(manager, params.serve, host, int(port), LEDGER, follower.health)
+    finally:
+        follower.stop()
+        manager.close()
+
+
+if __name__ == "__main__":
+    with stage.exits("deploy"):
+        main(*sys.argv[1:])

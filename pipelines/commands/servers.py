@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str | None, typer.Argument(help="models:/NAME@alias; the champion of this repository without one")]
 Port = Annotated[int | None, typer.Option(help="params.yaml's when none is named")]
-Host = Annotated[str, typer.Option(help="0.0.0.0 for other machines: then SHOVEL_TOKEN must be set")]
+Host = Annotated[str, typer.Option(help="0.0.0.0 for other machines: then .serve/callers must name who may ask")]
 Kind = Annotated[str, typer.Option("--engine", help="builtin, transformers, or vllm (writes what starts it)")]
 
 

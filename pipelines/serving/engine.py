@@ -34,6 +34,10 @@ class QueueFull(Exception):
     """No more requests can wait."""
 
 
+class Closed(Exception):
+    """The engine takes no more requests."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """A token, its log-probability (None for the first of a prompt) and the best ones in its place, best first."""
@@ -99,6 +103,7 @@ class Engine:
         self.net, self.text, self.name, self.version = net.eval(), text, name, version
         self.max_batch, self.max_queue = max_batch, max_queue
         self.context = net.config.max_position_embeddings
+        self.vocab_size, self.loaded_at = net.config.vocab_size, int(time.time())
         self.stop_tokens = _stop_tokens(net.config.eos_token_id)
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []  # in the order of the batch
@@ -144,10 +149,10 @@ class Engine:
         return sum(count for at, count in list(self._recent) if at >= since) / SPEED_WINDOW_S
 
     def submit(self, request: Request) -> None:
-        """Queue a request; raises `QueueFull`, and `RuntimeError` when the engine is closed."""
+        """Queue a request; raises `QueueFull`, and `Closed` for an engine that drains."""
         with self._changed:
             if self._closing:
-                raise RuntimeError("the engine is closed")
+                raise Closed
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull
             self._waiting.append(request)

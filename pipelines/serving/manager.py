@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from pipelines.params import Serve
-from pipelines.serving.engine import Engine, Request
+from pipelines.serving.engine import Engine
 
 
 class Manager:
@@ -30,19 +30,6 @@ class Manager:
             if old is not None and old is not engine:
                 self._draining.append(threading.Thread(target=old.close, name=f"drain {old.version}"))
                 self._draining[-1].start()
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self.current is not None and self.current.alive
-
-    def submit(self, request: Request) -> Engine:
-        """Give a request to the current engine, and say which that is; raises `QueueFull`, `RuntimeError`."""
-        with self._lock:
-            if self.current is None:
-                raise RuntimeError("no model is loaded yet")
-            self.current.submit(request)
-            return self.current
 
     def drained(self) -> bool:
         """Whether no old engine works any more."""

@@ -27,11 +27,6 @@ class Text:
         self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
         self.chat_template = self.settings.get("chat_template")
 
-    @property
-    def vocab_size(self) -> int:
-        """Ids are below this."""
-        return self.tokenizer.get_vocab_size()
-
     def encode(self, text: str) -> list[int]:
         """With the beginning-of-text token that the tokenizer puts first."""
         return self.tokenizer.encode(text).ids
@@ -88,16 +83,12 @@ class Answer:
 
     def _release(self, held: int) -> str:
         if not self.stopped:
-            places = [at for stop in self._stops if (at := self._known.find(stop, self._searched())) >= 0]
+            places = [at for stop in self._stops if (at := self._known.find(stop, self._sent)) >= 0]
             if places:
                 self._known, self.stopped, held = self._known[: min(places)], True, 0
         new = self._known[self._sent : len(self._known) - held]
         self._sent += len(new)
         return new
-
-    def _searched(self) -> int:
-        """Nothing that was sent belongs to a stop string."""
-        return self._sent
 
     def _held(self) -> int:
         """Length of the longest end of the text that begins a stop string."""

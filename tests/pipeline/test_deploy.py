@@ -71,7 +71,7 @@ def address(project, versions: list[str]) -> Iterator[str]:
     assert f"{NAME}@champion version 1 answers" in done.stdout
     yield f"http://127.0.0.1:{port}"
     project.run("shovel", "deploy", "--stop")
-    assert not (project.folder / ".serving/server.json").exists()
+    assert not (project.folder / ".serve/server.json").exists()
 
 
 def served(address: str) -> str:
@@ -151,7 +151,7 @@ def test_an_alias_moved_by_hand_is_refused_and_the_old_version_goes_on(project, 
     note = json.loads(client.get_model_version(NAME, made).tags["deploy.refused"])
     assert "nobody promoted" in note["why"]
     assert "was refused" in project.run("shovel", "deploy", "--status").stdout
-    assert "goes on serving" in (project.folder / ".serving/server.log").read_text()
+    assert "goes on serving" in (project.folder / ".serve/server.log").read_text()
     client.set_registered_model_alias(NAME, "champion", "1")
 
 
@@ -185,7 +185,7 @@ def test_what_was_tampered_with_is_not_served(project, address, monkeypatch: pyt
 
 
 def test_a_killed_server_is_forgotten_and_what_stops_a_start_is_said(project, address) -> None:
-    state = project.read(".serving/server.json")
+    state = project.read(".serve/server.json")
     process = psutil.Process(state["pid"])
     process.kill()
     process.wait(10)
@@ -215,11 +215,11 @@ def test_a_version_comes_from_the_remote_where_no_cache_has_it(project, versions
 
 def test_vllm_is_written_and_not_started(project, versions) -> None:
     done = project.run("shovel", "deploy", f"{NAME}@previous", "--engine", "vllm", "--port", "8123")
-    compose = YAML(typ="safe").load(project.folder / ".serving/vllm/compose.yaml")["services"]["vllm"]
+    compose = YAML(typ="safe").load(project.folder / ".serve/vllm/compose.yaml")["services"]["vllm"]
     assert compose["image"] == "quay.io/ascend/vllm-ascend:v0.23.0" and compose["ports"] == ["127.0.0.1:8123:8123"]
     assert "--served-model-name" in compose["command"] and "CANN 9.1.0 belong together" in done.stdout
     model = Path(compose["volumes"][0].split(":")[0])
-    assert (model / "config.json").exists() and model.parent.name == ".serving"
+    assert (model / "config.json").exists() and model.parent.name == ".serve"
 
 
 def test_serving_goes_on_without_the_registry(project, address) -> None:
