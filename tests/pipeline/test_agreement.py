@@ -36,7 +36,7 @@ def test_a_server_with_another_rotary_base_is_stopped_by_the_gate(project, here,
     served = Path(shutil.copytree(agreement.RELEASE, tmp_path / "served"))
     config = json.loads((served / "config.json").read_text())
     for kind in config["rope_parameters"].values():
-        kind["rope_theta"] *= 2
+        kind["rope_theta"] = 10.0
     (served / "config.json").write_text(json.dumps(config))
     folders = (agreement.TUNED, agreement.RELEASE, agreement.CLEAN, agreement.CHAT)
     report = agreement.agreement(here.agreement, *folders, served=served)
