@@ -42,8 +42,7 @@ def versions(project, registry: str) -> list[str]:
     project.run("shovel", "promote")
     project.commit("released")
     rewrite(project, f"{RELEASE}/generation_config.json", lambda text: json.dumps(json.loads(text), indent=4).encode())
-    project.run("dvc", "commit", "-fq", "export")
-    project.run("dvc", "commit", "-fq", "agreement")
+    project.run("dvc", "commit", "-fq", "export", "agreement")
     project.run("dvc", "repro", "-sf", "review")
     project.commit("second")
     project.run("shovel", "register")
@@ -140,7 +139,7 @@ def test_champion_moves_under_load_and_back_and_nobody_notices(project, address,
 
 
 def test_an_alias_moved_by_hand_is_refused_and_the_old_version_goes_on(project, address, client) -> None:
-    made = client.create_model_version(NAME, "dvc://nowhere", tags=_tags_without_decision(client)).version
+    made = client.create_model_version(NAME, "dvc://data/nowhere", tags=_tags_without_decision(client)).version
     client.set_registered_model_alias(NAME, "champion", made)
     for _ in range(200):
         if (refused := requests.get(f"{address}/health", timeout=10).json()["follows"]["refused"]) is not None:

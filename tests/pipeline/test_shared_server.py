@@ -53,8 +53,7 @@ def clones(project, server: SharedServer, tmp_path_factory: pytest.TempPathFacto
         content = json.dumps(json.loads(file.read_text()), indent=indent)
         file.unlink()  # a link into DVC's cache
         file.write_text(content)
-        clone.run("dvc", "commit", "-fq", "export")
-        clone.run("dvc", "commit", "-fq", "review")
+        clone.run("dvc", "commit", "-fq", "export", "agreement", "review")
         clone.commit("another layout")
     return clones
 
