@@ -36,7 +36,7 @@ lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui
 
-serve: .venv/installed-serve ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
+serve: .venv/installed-core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
 	@shovel serve
 
 # Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
@@ -62,10 +62,6 @@ endef
 
 .venv/installed-dev: .venv/installed-core
 	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
-	@touch $@
-
-.venv/installed-serve: .venv/installed-core
-	$(call install,the endpoint,-c constraints.txt -e .[serve])
 	@touch $@
 
 # torch_npu has an environment of its own, which sees all of .venv: in .venv `import torch` would fail without CANN.

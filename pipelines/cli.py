@@ -17,7 +17,7 @@ COMMANDS = {
     "Work": (work.status, work.check, work.use, work.run, work.review, work.link, work.accept, work.demo),
     "Registry": (registry.register, registry.promote, registry.rollback),
     "Trust": (trust.keys, trust.verify),
-    "Servers": (servers.ui, servers.serve, servers.deploy),
+    "Servers": (servers.ui, servers.serve, servers.deploy, servers.usage),
     "Machine": (machine.doctor, machine.audit, machine.passport),
 }
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Raw text to a reviewed mixture-of-experts model.")

@@ -23,6 +23,7 @@ import requests
 from pipelines import stage, tracking
 from pipelines.deploy import SERVING, Target
 from pipelines.params import UserError
+from pipelines.serving.guard import read_callers
 
 STATE, LOG = SERVING / "server.json", SERVING / "server.log"
 READY_S, STOP_S, SWITCH_S = 300.0, 60.0, 30.0  # patience with a start, with open answers, with a switch
@@ -55,7 +56,8 @@ def require_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); name another --port.") from None
+            why = error.strerror or str(error)
+            raise UserError(f"port {port} cannot be used on {host} ({why}); name another with --port.") from None
 
 
 def claim(where: Target, engine: str, host: str, port: int, pid: int | None = None) -> None:
@@ -85,7 +87,7 @@ def serving(folder: Path) -> Iterator[str]:
     output = SERVING / f"{port}.log"
     process = start(command, environment, output)
     try:
-        await_ready(process, f"http://127.0.0.1:{port}", output)
+        await_ready(process, f"http://127.0.0.1:{port}", folder.name, output=output)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -93,11 +95,17 @@ def serving(folder: Path) -> Iterator[str]:
         output.unlink()
 
 
-def await_ready(process: subprocess.Popen[bytes], address: str, output: Path = LOG) -> None:
-    """Wait until the server answers a question. Raises `UserError` with its own last words when it ends before."""
+def await_ready(
+    process: subprocess.Popen[bytes], address: str, name: str, tokens: Path | None = None, output: Path = LOG
+) -> None:
+    """Wait until the server answers a question to the model `name`.
+
+    Raises `UserError` with the server's own last words when it ends before.
+    """
     deadline = time.monotonic() + READY_S
+    headers = {"Authorization": f"Bearer {next(iter(read_callers(tokens)))}"} if tokens else {}
     with stage.progress("deploy", None) as advance:
-        while not _answers(address):
+        while not _answers(address, name, headers):
             advance(0)
             if process.poll() is not None:
                 lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
@@ -108,12 +116,11 @@ def await_ready(process: subprocess.Popen[bytes], address: str, output: Path = L
             time.sleep(0.25)
 
 
-def _answers(address: str) -> bool:
+def _answers(address: str, name: str, headers: dict[str, str]) -> bool:
     """The smoke test from outside: whether a question gets an answer."""
-    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4, "temperature": 0}
+    body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4, "temperature": 0}
     with suppress(requests.RequestException, KeyError, ValueError):
-        models = requests.get(f"{address}/v1/models", timeout=5).json()["data"]
-        done = requests.post(f"{address}/v1/chat/completions", json=body | {"model": models[0]["id"]}, timeout=60)
+        done = requests.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
         return done.ok and bool(done.json()["choices"])
     return False
 

@@ -20,8 +20,9 @@ from ruamel.yaml import YAML
 from pipelines.deploy import SERVING, Model, Target
 from pipelines.doctor import cann_version
 from pipelines.params import UserError
+from pipelines.serving.server import require_callers
 
-Command = tuple[list[str], dict[str, str]]
+Command = tuple[list[str], dict[str, str], str]  # words, environment, name of the model in requests
 COMPOSE = SERVING / "vllm" / "compose.yaml"
 IMAGE = "quay.io/ascend/vllm-ascend"
 DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")  # beside /dev/davinci<number>
@@ -30,24 +31,27 @@ DRIVER = ("/usr/local/dcmi", "/usr/local/bin/npu-smi", "/usr/local/Ascend/driver
 
 @dataclass(frozen=True)
 class Engine:
-    """follows: whether the process itself resolves, checks and follows the alias. command: (words, environment) of the
-    process that serves a model on host and port."""
+    """follows: whether the process itself resolves, checks and follows the alias. command: what starts
+    the process that serves a model on host and port."""
 
     follows: bool
-    command: Callable[[Target, Model | None, str, int], Command]
+    command: Callable[[Target, Model | None, str, int, Path | None], Command]
 
 
-def _builtin(where: Target, _: Model | None, host: str, port: int) -> Command:
-    return [sys.executable, "-m", "pipelines.follow", str(where), host, str(port)], dict(os.environ)
+def _builtin(where: Target, _: Model | None, host: str, port: int, tokens: Path | None) -> Command:
+    words = [sys.executable, "-m", "pipelines.follow", str(where), host, str(port)]
+    return [*words, *([str(tokens)] if tokens else [])], dict(os.environ), where.name
 
 
-def _transformers(_: Target, model: Model | None, host: str, port: int) -> Command:
+def _transformers(_: Target, model: Model | None, host: str, port: int, __: Path | None) -> Command:
+    """It knows no tokens, so it stays on this machine."""
     assert model is not None
+    require_callers(host, None)
     program = Path(sys.executable).with_name("transformers")
-    if importlib.util.find_spec("fastapi") is None or not program.exists():
-        raise UserError("`transformers serve` is missing; `pip install -c constraints.txt -e .[serve]` brings it")
+    if importlib.util.find_spec("python_multipart") is None or not program.exists():
+        raise UserError("`transformers serve` is missing; `pip install -c constraints.txt -e .[peer]` brings it")
     words = [str(program), "serve", str(model.folder), "--host", host, "--port", str(port)]
-    return words, {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return words, {**os.environ, "HF_HUB_OFFLINE": "1"}, str(model.folder)
 
 
 ENGINES = {"builtin": Engine(True, _builtin), "transformers": Engine(False, _transformers)}

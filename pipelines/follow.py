@@ -13,14 +13,14 @@ import math
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from pipelines import deploy, stage, tracking
 from pipelines.params import Params, UserError, load_params
 from pipelines.serving.engine import Engine
-from pipelines.serving.ledger import LEDGER
 from pipelines.serving.manager import Manager
-from pipelines.serving.server import run
+from pipelines.serving.server import callers_of, run
 
 POLL_S, RETRY_S = 2.0, 30.0  # seconds between two looks at the alias, and before a refused version is tried again
 SMOKE = [{"role": "user", "content": "How are you?"}]
@@ -122,18 +122,21 @@ def smoke(engine: Engine) -> None:
         raise ValueError("it wrote no token, or one whose probability is no number")
 
 
-def main(text: str, host: str, port: str) -> None:
-    """Serve what an alias names until told to end. Raises `UserError` when that may not be served."""
+def main(text: str, host: str, port: str, tokens: str = "") -> None:
+    """Serve what an alias names until told to end. tokens: file with bearer tokens.
+
+    Raises `UserError` when the alias' version may not be served, or when strangers could ask.
+    """
     params = load_params()
     where = deploy.target(text, params.register_.name)
+    callers = callers_of(host, Path(tokens) if tokens else None)
     manager = Manager(params.serve)
     follower = Follower(manager, where, params, f"http://{host}:{port}")
     follower.start()
     try:
-        run(manager, params.serve, host, int(port), LEDGER, follower.health)
+        run(manager, params.serve, host, int(port), callers, more=follower.health)
     finally:
         follower.stop()
-        manager.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Commands that serve: the MLflow UI, and a registered model behind an OpenAI-compatible endpoint."""
+"""Commands that serve: the MLflow UI, a registered model behind an endpoint, and what that was used for."""
 
 from __future__ import annotations
 
+import json
 import os
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,8 +18,20 @@ if TYPE_CHECKING:
 
 Name = Annotated[str | None, typer.Argument(help="models:/NAME@alias; the champion of this repository without one")]
 Port = Annotated[int | None, typer.Option(help="params.yaml's when none is named")]
-Host = Annotated[str, typer.Option(help="0.0.0.0 for other machines: then .serve/callers must name who may ask")]
-Kind = Annotated[str, typer.Option("--engine", help="builtin, transformers, or vllm (writes what starts it)")]
+Host = Annotated[str, typer.Option(help="other than this machine's own needs --tokens")]
+Tokens = Annotated[Path | None, typer.Option(help="file with a line NAME TOKEN for each caller, mode 0600")]
+
+
+class EngineName(StrEnum):
+    builtin = "builtin"
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+Kind = Annotated[
+    EngineName,
+    typer.Option("--engine", help="transformers: its own server, one request at a time; vllm: is written only"),
+]
 
 
 def ui(port: int = 5000) -> None:
@@ -30,15 +45,20 @@ def ui(port: int = 5000) -> None:
     os.execvpe(command[0], command, environment)
 
 
-def serve(model: Name = None, port: Port = None, host: Host = "127.0.0.1", engine: Kind = "builtin") -> None:
+def serve(
+    model: Name = None,
+    port: Port = None,
+    host: Host = "127.0.0.1",
+    engine: Kind = EngineName.builtin,
+    tokens: Tokens = None,
+) -> None:
     """Serve a model in the foreground and follow its alias; Ctrl-C ends it."""
     from pipelines import endpoint
 
     where, port = _where(model, port)
-    endpoint.require_free(host, port)
-    command, environment = _command(where, host, port, engine)
+    command, environment, name = _command(where, host, port, engine, tokens)
     endpoint.claim(where, engine, host, port)
-    typer.echo(_invitation(f"http://{host}:{port}"))
+    typer.echo(_invitation(name, f"http://{host}:{port}", tokens))
     os.execvpe(command[0], command, environment)
 
 
@@ -46,33 +66,57 @@ def deploy(
     model: Name = None,
     port: Port = None,
     host: Host = "127.0.0.1",
-    engine: Kind = "builtin",
+    engine: Kind = EngineName.builtin,
+    tokens: Tokens = None,
     stop: Annotated[bool, typer.Option("--stop", help="end the server; it finishes its answers")] = False,
     status: Annotated[bool, typer.Option("--status", help="which version answers where; 1 when none does")] = False,
 ) -> None:
     """Serve a model in the background: checked, started, tried; from then on the server follows the alias."""
-
     if stop or status:
         raise typer.Exit(_stop() if stop else _status())
     where, port = _where(model, port)
-    if engine == "vllm":
+    if engine is EngineName.vllm:
         _write_vllm(where, host, port)
     else:
-        _start(where, host, port, engine)
+        _start(where, host, port, engine, tokens)
 
 
-def _start(where: Target, host: str, port: int, engine: str) -> None:
+def usage(
+    since: Annotated[str, typer.Option(help="a day or a time, as 2026-01-31 or 2026-01-31T12:00:00Z")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Tokens that callers of the endpoint used, and what they cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipelines.serving.ledger import LEDGER, totals
+
+    rows = totals(LEDGER, since)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        typer.echo("nothing was asked yet; `shovel serve` starts the endpoint")
+        return
+    table = Table(*(name for name in rows[0] if name != "currency"), box=None)
+    for row in rows:
+        cells = {**row, "cost": f"{row['cost']:.6f} {row.pop('currency')}"}
+        cells.pop("currency")
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells.values()))
+    Console().print(table)
+
+
+def _start(where: Target, host: str, port: int, engine: EngineName, tokens: Path | None) -> None:
     from pipelines import endpoint
 
-    endpoint.require_free(host, port)
-    command, environment = _command(where, host, port, engine)
+    command, environment, name = _command(where, host, port, engine, tokens)
     process = endpoint.start(command, environment)
     endpoint.claim(where, engine, host, port, process.pid)
     address = f"http://{host}:{port}"
-    endpoint.await_ready(process, address)
+    endpoint.await_ready(process, address, name, tokens)
     version = (endpoint.health(address) or {}).get("version", "?")
     typer.echo(f"{where} version {version} answers; {endpoint.LOG} is its log, `shovel deploy --stop` ends it")
-    typer.echo(_invitation(address))
+    typer.echo(_invitation(name, address, tokens))
 
 
 def _where(model: str | None, port: int | None) -> tuple[Target, int]:
@@ -84,17 +128,19 @@ def _where(model: str | None, port: int | None) -> tuple[Target, int]:
     return target(model, params.register_.name), port or params.serve.port
 
 
-def _command(where: Target, host: str, port: int, engine: str) -> Command:
-    """(words, environment) of the process that serves; one that does not check its model itself gets it checked."""
+def _command(where: Target, host: str, port: int, engine: EngineName, tokens: Path | None) -> Command:
+    """What starts the process that serves, where it can; an engine that checks no model itself gets a checked one."""
+    from pipelines.endpoint import require_free
     from pipelines.engines import ENGINES
     from pipelines.params import UserError
+    from pipelines.serving.server import callers_of
 
     if engine not in ENGINES:
-        raise UserError(
-            f"no engine is called {engine!r}; choose builtin or transformers, or let `deploy` write vllm's."
-        )
+        raise UserError(f"{engine} is not started here; `shovel deploy --engine {engine}` writes what starts it.")
+    callers_of(host, tokens)
+    require_free(host, port)
     chosen = ENGINES[engine]
-    return chosen.command(where, None if chosen.follows else _prepare(where), host, port)
+    return chosen.command(where, None if chosen.follows else _prepare(where), host, port, tokens)
 
 
 def _prepare(where: Target) -> Model:
@@ -145,9 +191,11 @@ def _status() -> int:
     return 0
 
 
-def _invitation(address: str) -> str:
-    body = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
+def _invitation(name: str, address: str, tokens: Path | None) -> str:
+    """How to ask, in two lines."""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is AI?"}]})
+    header = " -H 'Authorization: Bearer TOKEN'" if tokens else ""
     return (
         f"serving at {address}/v1; ask in another terminal:\n"
-        f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{body}'"
     )

@@ -16,15 +16,12 @@ from pipelines.serving.server import run
 
 
 def main(folder: str, host: str, port: str) -> None:
-    """Serve until told to end; the model has the folder's name."""
+    """Serve until told to end; the model has the folder's name, and nobody's usage is kept."""
     params = load_params().serve
     manager = Manager(params)
     manager.switch(manager.load(Path(folder), Path(folder).name, "0"))
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            run(manager, params, host, int(port), Path(scratch) / "usage.db")
-    finally:
-        manager.close()
+    with tempfile.TemporaryDirectory() as scratch:
+        run(manager, params, host, int(port), usage=Path(scratch) / "usage.db")
 
 
 if __name__ == "__main__":

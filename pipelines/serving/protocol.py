@@ -25,7 +25,7 @@ NEUTRAL = {  # parameter -> values with which it changes nothing; anything else 
 }
 TOP_LOGPROBS = 1000
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Token = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class ApiError(Exception):
@@ -111,7 +111,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions. return_tokens_as_token_ids: tokens appear as `token_id:NUMBER`, which no two share."""
 
-    prompt: str | list[Token] | Annotated[list[str | list[Token]], Field(max_length=1)]
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=1)]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
     echo: bool | None = None

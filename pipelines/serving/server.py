@@ -1,40 +1,77 @@
-"""The HTTP server of a `Manager`: uvicorn, until it is told to end; open answers are finished first."""
+"""The endpoint in the foreground: uvicorn around the application, until Ctrl-C or SIGTERM; answers are finished."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ipaddress
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from pipelines.params import Serve
+from pipelines.params import Serve, UserError
 from pipelines.serving.app import create_app
 from pipelines.serving.guard import read_callers
-from pipelines.serving.ledger import Ledger
+from pipelines.serving.ledger import LEDGER, Ledger
 from pipelines.serving.manager import Manager
 
-CALLERS = Path(".serve/callers")
-DRAIN_S = 60  # for answers that are being given when the server is told to end
+KEEP_ALIVE_S, LAST_ANSWERS_S = 75, 30
+BACKLOG = 2048
 
 
 def run(
-    manager: Manager, params: Serve, host: str, port: int, usage: Path, more: Callable[[], dict[str, Any]] = dict
+    manager: Manager,
+    params: Serve,
+    host: str,
+    port: int,
+    callers: Mapping[str, str] | None = None,
+    usage: Path = LEDGER,
+    more: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Serve on host and port until SIGTERM or Ctrl-C. usage: the ledger's file. more: what /health says besides."""
-    ledger = Ledger(usage, params)
-    app = create_app(manager, params, ledger, callers(host), more)
-    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
-    with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again
-        uvicorn.Server(uvicorn.Config(app, host, port, timeout_graceful_shutdown=DRAIN_S, **quiet)).run()
-    ledger.close()
+    """Serve what `manager` holds on host and port until a signal; closes the manager. Raises `UserError`.
 
-
-def callers(host: str) -> dict[str, str] | None:
-    """Bearer tokens and their owners; None where only this machine listens and nobody wrote the file.
-
-    Raises `UserError` when other machines could ask without a token.
+    usage: the ledger's file. more: what /health says besides.
     """
-    local = host in ("127.0.0.1", "::1", "localhost")
-    return None if local and not CALLERS.exists() else read_callers(CALLERS)
+    require_callers(host, callers)
+    ledger = Ledger(usage, params)
+    app = create_app(manager, params, ledger, callers, more)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+    )
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again
+            uvicorn.Server(config).run()
+    finally:
+        manager.close()
+        ledger.close()
+
+
+def callers_of(host: str, tokens: Path | None) -> dict[str, str] | None:
+    """Who may ask there: bearer token -> name, or None for everybody on this machine.
+
+    Raises `UserError` where the address could be reached by others without a token.
+    """
+    callers = read_callers(tokens) if tokens else None
+    require_callers(host, callers)
+    return callers
+
+
+def require_callers(host: str, callers: Mapping[str, str] | None) -> None:
+    """Raises `UserError` when others than this machine could ask without a token."""
+    if callers is None and not _is_loopback(host):
+        raise UserError(f"{host} can be reached from elsewhere; name a file of bearer tokens with --tokens.")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
