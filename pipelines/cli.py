@@ -14,9 +14,9 @@ import typer
 from pipelines.commands import machine, registry, servers, trust, work
 
 COMMANDS = {
-    "Work": (work.status, work.check, work.use, work.run, work.review, work.link, work.accept, work.demo),
+    "Work": (work.status, work.check, work.use, work.run, work.link, work.accept, work.demo),
     "Registry": (registry.register, registry.promote, registry.rollback),
-    "Trust": (trust.keys, trust.verify),
+    "Trust": (trust.review, trust.why, trust.verify, trust.keys),
     "Servers": (servers.ui, servers.serve, servers.deploy, servers.usage),
     "Machine": (machine.doctor, machine.audit, machine.passport),
 }

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import requests
 
-from pipelines import stage, tracking
+from pipelines import processes, stage
 from pipelines.deploy import SERVING, Target
 from pipelines.params import UserError
 from pipelines.serving.guard import read_callers
@@ -36,7 +36,7 @@ def running() -> dict[str, Any] | None:
         state = json.loads(STATE.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return state if tracking.is_alive({"process": state["process"]}) else None
+    return state if processes.is_alive({"process": state["process"]}) else None
 
 
 def require_free(host: str, port: int) -> None:
@@ -64,7 +64,7 @@ def claim(where: Target, engine: str, host: str, port: int, pid: int | None = No
     """Write the state of a process, this one when none is given; it stays the same when it becomes another program."""
     process = psutil.Process(pid)
     content = {"address": f"http://{host}:{port}", "engine": engine, "log": str(LOG), "model": str(where)}
-    stage.write_json(STATE, content | {"pid": process.pid, "process": tracking.identity(process)})
+    stage.write_json(STATE, content | {"pid": process.pid, "process": processes.identity(process)})
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], output: Path = LOG) -> subprocess.Popen[bytes]:

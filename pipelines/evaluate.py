@@ -71,7 +71,7 @@ def evaluate(
         "samples": samples(net, encoder, params, variant),
     }
     metrics |= assistant_perplexity(net, encoder, chat, languages, params.sequence_length)
-    _write_plots(metrics, reports / "plots", variant)
+    _write_plots(metrics, table, reports / "plots", variant)
     stage.say(
         f"evaluate   {variant}: {metrics['bits_per_byte']:.3f} bits per byte held out (xz {baselines['xz']:.3f}, "
         f"5-gram {baselines['five_gram']:.3f}), assistant perplexity {metrics['assistant_perplexity']:.1f}"
@@ -94,9 +94,13 @@ def bits_per_byte(table: pd.DataFrame) -> float:
 
 def confidence_interval(table: pd.DataFrame) -> list[float]:
     """95 % interval of bits per byte, by a bootstrap over documents."""
-    draws = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
-    ratios = table["nats"].to_numpy()[draws].sum(1) / table["bytes"].to_numpy()[draws].sum(1) / math.log(2)
-    return np.quantile(ratios, [0.025, 0.975]).tolist()
+    return (interval(table["nats"].to_numpy(), table["bytes"].to_numpy()) / math.log(2)).tolist()
+
+
+def interval(parts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """95 % interval of sum(parts) / sum(sizes), by a bootstrap over their pairs; [2]."""
+    draws = np.random.default_rng(0).integers(len(parts), size=(RESAMPLES, len(parts)))
+    return np.quantile(parts[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
 
 
 def _by(table: pd.DataFrame, column: str) -> dict[str, dict[str, float]]:
@@ -113,16 +117,21 @@ def expert_load(load_ME: torch.Tensor, first_layer: int) -> dict[str, Any]:
 
 def assistant_perplexity(
     net: MoETransformer, encoder: tiktoken.Encoding, chat: Path, languages: list[str], sequence_length: int
-) -> dict[str, float]:
-    """Perplexity of the assistant's tokens in held-out dialogues, by all and by language."""
+) -> dict[str, Any]:
+    """Perplexity of the assistant's tokens in held-out dialogues, with its 95 % interval over dialogues."""
     table = dialogues(chat, ["messages", "language", "split"])
     table = table[(table["split"] == "heldout") & table["language"].isin(languages)]
     if table.empty:
-        return {"assistant_perplexity": math.nan, "assistant_tokens": 0}
+        return {"assistant_perplexity": math.nan, "assistant_ci95": [math.nan, math.nan], "assistant_tokens": 0}
     marked = [mark_assistant(messages, encoder) for messages in table["messages"]]
     nats, _ = score(net, [ids for ids, _ in marked], sequence_length, devices.default())
-    kept = np.concatenate([row[marks[1:]] for row, (_, marks) in zip(nats, marked, strict=True)])
-    return {"assistant_perplexity": float(np.exp(kept.mean())), "assistant_tokens": len(kept)}
+    kept = [row[marks[1:]] for row, (_, marks) in zip(nats, marked, strict=True)]
+    sums, counts = np.array([row.sum() for row in kept]), np.array([len(row) for row in kept])
+    return {
+        "assistant_perplexity": float(np.exp(sums.sum() / counts.sum())),
+        "assistant_ci95": np.exp(interval(sums, counts)).tolist(),
+        "assistant_tokens": int(counts.sum()),
+    }
 
 
 def samples(net: MoETransformer, encoder: tiktoken.Encoding, params: Evaluate, variant: str) -> list[dict[str, str]]:
@@ -138,15 +147,17 @@ def samples(net: MoETransformer, encoder: tiktoken.Encoding, params: Evaluate, v
     return written
 
 
-def _write_plots(metrics: dict[str, Any], folder: Path, variant: str) -> None:
-    """CSVs that `dvc plots` draws."""
+def _write_plots(metrics: dict[str, Any], table: pd.DataFrame, folder: Path, variant: str) -> None:
+    """CSVs that `dvc plots` draws; the documents one by one make a paired comparison with another model possible."""
     load = [
         {"layer": layer, "expert": expert, "share": share}
         for layer, shares in metrics["expert_load"].items()
         for expert, share in enumerate(shares)
     ]
     bits = [{"source": source, "bits_per_byte": row["bits_per_byte"]} for source, row in metrics["by_source"].items()]
-    for name, rows in (("expert_load", load), ("bits_per_byte", bits)):
+    documents = table[["sha256", "source", "language", "bytes", "nats"]]
+    documents = documents.assign(bits_per_byte=table["nats"] / table["bytes"] / math.log(2))
+    for name, rows in (("expert_load", load), ("bits_per_byte", bits), ("documents", documents)):
         with stage.replacing(folder / f"{name}-{variant}.csv") as fresh:
             pd.DataFrame(rows).to_csv(fresh, index=False, float_format="%.6g")
 

@@ -1,4 +1,4 @@
-"""Export the chat model in Hugging Face layout and prove that transformers computes the same.
+"""Export the chat model in Hugging Face layout, with its model card, and prove that transformers computes the same.
 
     python -m pipelines.export          data/models/chat -> data/models/release
 
@@ -16,18 +16,25 @@ import torch
 
 from model.hf import save_pretrained
 from model.transformer import MoETransformer
-from pipelines import environment, models, stage
+from pipelines import card, environment, models, stage
 from pipelines.corpus import in_turn
 from pipelines.encode import BOS, load_encoder
-from pipelines.params import Export, UserError
+from pipelines.params import Params, UserError
 from pipelines.tracking import Run
 
-CHAT_MODEL, CLEAN, RELEASE = Path("data/models/chat"), Path("data/clean"), Path("data/models/release")
+CHAT_MODEL, RELEASE = Path("data/models/chat"), Path("data/models/release")
+CLEAN, CHAT, REPORTS = Path("data/clean"), Path("data/chat"), Path("reports")
 TEXTS, TOKENS = 8, 256  # held-out documents compared, tokens of each
 
 
-def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) -> dict[str, Any]:
-    """Write `release` from `tuned`; raises `UserError` when transformers' logits differ by more than the limit."""
+def export(
+    params: Params, tuned: Path, clean: Path, chat: Path, reports: Path, release: Path, run: Run
+) -> dict[str, Any]:
+    """Write `release` from `tuned`; raises `UserError` when transformers' logits differ by more than the limit.
+
+    clean, chat, reports: what the model card says of data and metrics.
+    """
+    limit = params.export.max_logit_difference
     run.tag(**environment.tags(torch.device("cpu")))
     net = models.load(tuned, made_by="finetune")
     with stage.replacing(release) as fresh:
@@ -38,19 +45,18 @@ def export(params: Export, tuned: Path, clean: Path, release: Path, run: Run) ->
             "do_sample": False,
         }
         (fresh / "generation_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        card.write(fresh, params, net.config, clean, chat, reports)
         difference, agreement = compare(net, fresh, _samples(tuned, clean))
-        if not difference <= params.max_logit_difference:
+        if not difference <= limit:
             raise UserError(
                 f"transformers computes other logits from the exported folder: they differ by {difference:.2e}, the "
-                f"limit `export.max_logit_difference` is {params.max_logit_difference:.0e}; nothing was exported."
+                f"limit `export.max_logit_difference` is {limit:.0e}; nothing was exported."
             )
-    stage.say(
-        f"export     transformers agrees: logits differ by {difference:.1e} (limit {params.max_logit_difference:.0e})"
-    )
+    stage.say(f"export     transformers agrees: logits differ by {difference:.1e} (limit {limit:.0e})")
     return {
         "passed": True,
         "max_logit_difference": difference,
-        "limit": params.max_logit_difference,
+        "limit": limit,
         "top1_agreement": agreement,
     }
 
@@ -78,4 +84,4 @@ def _samples(tokenizer: Path, clean: Path) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    stage.main("export", lambda params, run: export(params.export, CHAT_MODEL, CLEAN, RELEASE, run))
+    stage.main("export", lambda params, run: export(params, CHAT_MODEL, CLEAN, CHAT, REPORTS, RELEASE, run))

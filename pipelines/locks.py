@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from pipelines import repository, stage, tracking
+from pipelines import processes, repository, stage, tracking
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def exclusively(client: MlflowClient, name: str) -> Iterator[None]:
 def _take(client: MlflowClient, lock: str) -> None:
     deadline, told = time.monotonic() + WAIT_S, False
     description = f"{repository.person()} is changing the registry; gone in seconds."
-    while not tracking.create_model(client, lock, description, tracking.process_tags()):
+    while not tracking.create_model(client, lock, description, processes.tags()):
         holder = tracking.find_model(client, lock)
         if holder is None:
             continue
@@ -66,4 +66,4 @@ def _take(client: MlflowClient, lock: str) -> None:
 
 
 def _is_left_behind(tags: dict[str, str], since: float) -> bool:
-    return not tracking.is_alive(tags) or time.time() - since > EXPIRES_S
+    return not processes.is_alive(tags) or time.time() - since > EXPIRES_S

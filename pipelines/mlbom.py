@@ -87,6 +87,7 @@ def _card(data: list[Component], release: Path, folder: Path) -> dict[str, Any]:
         "confidenceInterval": {"lowerBound": repr(low), "upperBound": repr(high)},
     }
     perplexity = {"type": "perplexity", "value": repr(chat["assistant_perplexity"]), "slice": "held-out answers"}
+    metrics = [bits, *([perplexity] if chat["assistant_tokens"] else [])]
     return {
         "modelParameters": {
             "approach": {"type": "self-supervised"},
@@ -95,5 +96,5 @@ def _card(data: list[Component], release: Path, folder: Path) -> dict[str, Any]:
             "modelArchitecture": config["architectures"][0],
             "datasets": [{"ref": str(component.bom_ref.value)} for component in data],
         },
-        "quantitativeAnalysis": {"performanceMetrics": [bits, perplexity]},
+        "quantitativeAnalysis": {"performanceMetrics": metrics},
     }

@@ -1,9 +1,12 @@
-"""Loading a model folder that a stage wrote, with the sentence that helps when it is missing or damaged."""
+"""A model folder that a stage wrote: loading it, with a sentence that helps when it is damaged, and describing it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from model.config import ModelConfig, count_parameters
 from model.hf import load_pretrained
 from model.transformer import MoETransformer
 from pipelines.params import UserError
@@ -17,3 +20,12 @@ def load(folder: Path, made_by: str) -> MoETransformer:
         return load_pretrained(folder)
     except ValueError as error:
         raise UserError(f"{error}; `dvc checkout {folder}` brings it back.") from None
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """Family, parameters and kinds of attention, for pages."""
+    total, active = count_parameters(config)
+    kinds = Counter(config.layer_types) if config.is_v4 else {"latent attention": config.num_hidden_layers}
+    attention = ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in kinds.items())
+    family = "DeepSeek-V4" if config.is_v4 else "DeepSeek-V3"
+    return {"config": config, "total": total, "active": active, "family": family, "attention": attention}

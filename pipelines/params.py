@@ -149,6 +149,9 @@ class Evaluate(Section):
 
 class Export(Section):
     max_logit_difference: float = Field(1e-4, gt=0, description="largest |ours - transformers| in fp32")
+    licence: str = Field(
+        "other", pattern=r"^[a-z0-9.-]+$", description="of the weights, as the Hugging Face hub names it"
+    )
 
 
 class Limits(Section):

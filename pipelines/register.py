@@ -15,7 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import decisions, digests, evidence, gates, lineage, locks, repository, signing, stage, tracking, verify
+from pipelines import (
+    decisions,
+    digests,
+    evidence,
+    gates,
+    lineage,
+    locks,
+    repository,
+    signing,
+    stage,
+    summary,
+    tracking,
+    verify,
+)
 from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
@@ -36,7 +49,7 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     client = tracking.connect()
     files = digests.of_files(release)
     digest = digests.combined(files)
-    tracking.create_model(client, params.name, "The review page of a version says why it exists.")
+    tracking.create_model(client, params.name, summary.MODEL)
     with locks.exclusively(client, params.name):
         known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
         version = known[0] if known else None
@@ -154,6 +167,7 @@ def _write(
     if not tracking.is_local():
         repository.push(release)
     facts = lineage.facts(reports)
+    facts["seconds"] = tracking.seconds(client, facts["runs"])
     digest = digests.combined(files)
     tags = {
         "digest": digest,
@@ -175,22 +189,13 @@ def _write(
         source=_source(release, digest),
         run_id=review.info.run_id if review else None,
         tags=tags,
-        description=_description(chat, digest),
+        description=summary.describe(reports, facts, digest, review),
     )
 
 
 def _source(release: Path, digest: str) -> str:
     """Where the bytes are: this disk for a local registry; a server refuses file paths and gets path and digest."""
     return release.resolve().as_uri() if tracking.is_local() else f"dvc://{release.as_posix()}?sha256={digest}"
-
-
-def _description(chat: dict[str, Any], digest: str) -> str:
-    beside = chat["baselines"]
-    return (
-        f"{chat['bits_per_byte']:.3f} bits per byte held out (xz {beside['xz']:.3f}, "
-        f"5-gram {beside['five_gram']:.3f}), assistant perplexity {chat['assistant_perplexity']:.1f}. "
-        f"Digest {digest[:12]}. The review page is an artifact of the source run."
-    )
 
 
 def _move(
@@ -209,7 +214,7 @@ def _move(
     taken = len(list((reports / "releases").glob(f"{stem}*.json")))
     file = reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json"
     record = _record(name, chosen, live, action, now)
-    record |= {"gates": [asdict(gate) for gate in found], "comment": comment}
+    record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
     tags = decisions.tags(record, reports)
     # a full disk or a dead server: neither alias nor record without the other
     with locks.exclusively(client, name), stage.replacing(file) as fresh:

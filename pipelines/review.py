@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from model.config import ModelConfig, count_parameters
-from pipelines import digests, gates, lineage, pages, register, stage
-from pipelines.params import Params, Register
+from model.config import ModelConfig
+from pipelines import compare, digests, gates, lineage, models, pages, register, stage
+from pipelines.params import Params, Register, UserError
 from pipelines.tracking import Run
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
@@ -33,7 +33,8 @@ SHOWN_LANGUAGES = 15
 def review(params: Params, release: Path, reports: Path, page: Path, run: Run | None = None) -> dict[str, Any]:
     """Write `page`; returns how many gates hold, and the distance to the champion where there is one."""
     content = _reports(reports)
-    champion, note = _champion(params.register_)
+    digest = digests.of_folder(release)
+    champion, comparison, note = _champion(params.register_, reports, digest)
     found = gates.of_reports(params, reports, champion.get("bits_per_byte"))
     facts = lineage.facts(reports)
     config = ModelConfig.from_dict(json.loads((release / "config.json").read_text(encoding="utf-8")))
@@ -43,11 +44,12 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
         name=params.register_.name,
         gates=found,
         champion=champion,
+        comparison=comparison,
         champion_note=note,
-        model=_model(config),
+        model=models.describe(config),
         licences=sorted(Counter(source["licence"] for source in facts["sources"]).items()),
         facts=facts,
-        digest=digests.of_folder(release),
+        digest=digest,
         figures=_figures(content, reports / "plots"),
         health=_health(content["base"]["health"], content["chat"]["health"]),
         languages=_top_languages(content["base"]["by_language"], content["chat"]["by_language"]),
@@ -61,7 +63,8 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
     stage.say(f"review     {page}: {held} of {len(found)} gates hold")
     bits = content["chat"]["bits_per_byte"]
     delta = {"bits_per_byte_minus_champion": bits - champion["bits_per_byte"]} if champion else {}
-    return {"gates_passed": held, "gates_total": len(found), "compared_with": champion.get("version")} | delta
+    counts = {"gates_passed": held, "gates_total": len(found), "compared_with": champion.get("version")}
+    return counts | delta | compare.summary(comparison)
 
 
 def _reports(reports: Path) -> dict[str, Any]:
@@ -72,21 +75,28 @@ def _reports(reports: Path) -> dict[str, Any]:
     return content
 
 
-def _champion(params: Register) -> tuple[dict[str, Any], str]:
-    """The live version's figures, or nothing and the reason."""
+def _champion(params: Register, reports: Path, digest: str) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
+    """(the live version's figures, the comparison with it, or else the reason why there is none)"""
     try:
-        found = register.status(params).get(register.CHAMPION)
+        live = register.status(params).get(register.CHAMPION)
     except Exception as error:  # noqa: BLE001  the page must come about without a tracking server
-        return {}, f"the registry could not be asked ({type(error).__name__})"
-    return (found, "") if found else ({}, "there is no champion yet")
+        return {}, None, f"the registry could not be asked ({type(error).__name__})"
+    if not live:
+        return {}, None, "there is no champion yet"
+    try:
+        return live, _drawn(compare.with_live(params, reports, digest)), "this model is the only one so far"
+    except UserError as error:
+        return live, None, str(error).rstrip(".")
 
 
-def _model(config: ModelConfig) -> dict[str, Any]:
-    total, active = count_parameters(config)
-    kinds = Counter(config.layer_types) if config.is_v4 else {"latent attention": config.num_hidden_layers}
-    attention = ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in kinds.items())
-    family = "DeepSeek-V4" if config.is_v4 else "DeepSeek-V3"
-    return {"config": config, "total": total, "active": active, "family": family, "attention": attention}
+def _drawn(comparison: dict[str, Any] | None) -> dict[str, Any] | None:
+    """With the expert load of both as figures."""
+    if comparison is None:
+        return None
+    captions = {"ours": "This model", "theirs": f"Version {comparison['version']}"}
+    with mpl.rc_context(STYLE):
+        drawn = [(pages.inline_svg(_load(comparison["load"][side])), text) for side, text in captions.items()]
+    return comparison | {"loads": [{"image": image, "caption": f"{text}, chat"} for image, text in drawn]}
 
 
 HEALTH = {

@@ -25,7 +25,9 @@ PAYLOAD_TYPE, BUILD_TYPE = "application/vnd.in-toto+json", "urn:shovel:dvc-repro
 
 
 def build(files: dict[str, str], facts: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The statement. files: sha256 of the exported files by name; facts: `lineage.facts`; folder: the evidence."""
+    """The statement. files: sha256 of the exported files by name; facts: `lineage.facts` with `seconds`, how
+    long each run took; folder: the evidence.
+    """
     return {
         "_type": STATEMENT_TYPE,
         "subject": [_descriptor(name, sha256=digest) for name, digest in files.items()],
@@ -71,7 +73,12 @@ def _dependencies(facts: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _runs(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    return [_descriptor(f"MLflow run {label}", {"run_id": run_id}) for label, run_id in facts["runs"].items()]
+    """The runs, and how long each took where the server knows."""
+    took = facts["seconds"]
+    return [
+        _descriptor(f"run {label}", {"run_id": run_id, "seconds": took.get(label)})
+        for label, run_id in facts["runs"].items()
+    ]
 
 
 def _reports(folder: Path) -> list[dict[str, Any]]:

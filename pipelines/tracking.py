@@ -17,14 +17,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipelines import repository
+from pipelines import processes, repository
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +36,13 @@ EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
 PENDING = "pending-"  # begins the id of a run that no server knows yet
-NOTE = """**One run a pipeline, its stages nested below it.** Open a `pretrain` run for loss curves (*Model metrics*), a
-`review` run for the page on which to decide (*Artifacts*, review.html). Models: the *Models* tab; `champion` is live,
-`challenger` waits for `shovel promote`."""
+NOTE = """### How to decide whether a model goes live
+1. *Models* (top left), the version with the alias `challenger`: its description says how good it is, what it was
+   trained on, and links to its **review page**: gates, champion and challenger side by side, samples, data, licences.
+2. Curves: one run below is one pipeline, its stages nested in it; open `pretrain`, *Model metrics*.
+3. In the repository: `shovel why N` tells where it comes from, `shovel verify N` checks bytes, signatures and lineage.
+4. Say what you think: `shovel review N --comment "..."`. Decide: `shovel promote N --comment "why"`; take it back:
+   `shovel rollback --comment "why"`. Do not move `champion` by hand: without a signed decision it is not served."""
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -159,7 +163,7 @@ class Run:
         client.delete_run(self.run_id)
         self.run_id, self._logged = earlier.info.run_id, logged
         self._send({"status": "RUNNING"})
-        self._send({"tags": {name: tags[name] for name in (PARENT, *process_tags()) if name in tags}})
+        self._send({"tags": {name: tags[name] for name in (PARENT, *processes.tags()) if name in tags}})
 
     def when_finished(self, action: Callable[[], None]) -> None:
         """Do this once everything that the run makes is written: dropping checkpoints, for example."""
@@ -175,7 +179,9 @@ class Run:
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
-        return next((run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)), None)
+        return next(
+            (run for run in runs if run.info.status != "FINISHED" and not processes.is_alive(run.data.tags)), None
+        )
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
@@ -226,10 +232,10 @@ def _start(label: str, section: BaseModel | None) -> Run:
 
 def _parent(client: MlflowClient, experiment: str) -> str | None:
     """The run of the `dvc repro` that started this process, made by its first stage."""
-    dvc = _dvc_process()
+    dvc = processes.dvc()
     if dvc is None:
         return None
-    pipeline = identity(dvc)
+    pipeline = processes.identity(dvc)
     with FileLock(home() / "parent.lock"):
         found = client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
         if found:
@@ -239,37 +245,11 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
-def _dvc_process() -> psutil.Process | None:
-    """The nearest ancestor that is a `dvc` command."""
-    for process in psutil.Process().parents():
-        with suppress(psutil.Error):
-            words = [Path(word).name for word in process.cmdline()[:3]]
-            if "dvc" in words:
-                return process
-    return None
-
-
-def identity(process: psutil.Process) -> str:
-    """host:pid:start, which no other process ever has."""
-    return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
-
-
-def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process that a run names still runs; one on another host counts as alive."""
-    host, pid, started = (tags.get("process") or "?:0:0").rsplit(":", 2)
-    if host != platform.node():
-        return host != "?"
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
-    except psutil.Error:
-        return False
-
-
 def reap(client: MlflowClient) -> int:
     """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
     found = client.get_experiment_by_name(EXPERIMENT)
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
-    dead = [run for run in running if not is_alive(run.data.tags)]
+    dead = [run for run in running if not processes.is_alive(run.data.tags)]
     for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
         status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
         client.set_terminated(run.info.run_id, status)
@@ -282,16 +262,11 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
     return next((status for status in ("KILLED", "FAILED") if status in stages), "FINISHED")
 
 
-def process_tags() -> dict[str, str]:
-    """The tag that tells `is_alive` whether this process still runs."""
-    return {"process": identity(psutil.Process())}
-
-
 def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     """Everything that says where a run comes from."""
     stage = os.environ.get("DVC_STAGE", "")
     text = section.model_dump_json() if section else "{}"
-    tags = process_tags() | {
+    tags = processes.tags() | {
         "stage": label,
         "git.baseline": repository.commit(),
         "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
@@ -402,27 +377,13 @@ def trouble(error: BaseException | None) -> str | None:
 
 def create_model(client: MlflowClient, name: str, description: str, tags: dict[str, str] | None = None) -> bool:
     """A registered model of that name; False when there was one."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name, tags, description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        return False
-    return True
+    make = partial(client.create_registered_model, name, tags, description)
+    return _unless(make, "RESOURCE_ALREADY_EXISTS") is not None
 
 
 def find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
     """The registered model of that name, None when there is none."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    return _unless(partial(client.get_registered_model, name), "RESOURCE_DOES_NOT_EXIST")
 
 
 def delete_model(client: MlflowClient, name: str) -> None:
@@ -435,14 +396,20 @@ def delete_model(client: MlflowClient, name: str) -> None:
 
 def version_behind(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The model version that an alias names, None when it names none."""
+    find = partial(client.get_model_version_by_alias, name, alias)
+    return _unless(find, "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def _unless(request: Callable[[], Any], *codes: str) -> Any:
+    """What the server answers, None when it refuses with one of the error codes."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, alias)
+        return request()
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+        if error.error_code not in codes:
+            raise
+        return None
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
@@ -455,6 +422,13 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
         return client.get_run(run_id) if run_id else None
     except MlflowException:
         return None
+
+
+def seconds(client: MlflowClient, run_ids: Mapping[str, str]) -> dict[str, float]:
+    """How long each run took, by its label; those that this server does not know, or that still run, are left out."""
+    runs = {label: find_run(client, run_id) for label, run_id in run_ids.items()}
+    ended = {label: run.info for label, run in runs.items() if run and run.info.end_time}
+    return {label: (info.end_time - info.start_time) / 1000 for label, info in ended.items()}
 
 
 def tag_version(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
@@ -478,6 +452,18 @@ def download(client: MlflowClient, run_id: str | None, name: str, into: Path) ->
     except MlflowException:
         known = None
     return Path(client.download_artifacts(run_id, name, str(into))) if known else None
+
+
+def page_of(client: MlflowClient, version: ModelVersion) -> Path:
+    """The review page of a version, copied into .mlflow/pages. Raises `UserError` when the server has none."""
+    from mlflow.exceptions import MlflowException
+
+    folder = home() / "pages" / f"{version.name}-{version.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(client.download_artifacts(version.run_id, "review.html", str(folder)))
+    except (MlflowException, OSError):
+        raise UserError(f"{_where()} holds no review page of version {version.version} of {version.name}.") from None
 
 
 def ui_address(port: int) -> str:

@@ -1,4 +1,4 @@
-"""Commands of trust: who signs, and whether a version is what it claims to be."""
+"""Commands of trust: look at a version, ask where it comes from, check it, sign."""
 
 from __future__ import annotations
 
@@ -9,6 +9,47 @@ from typing import Annotated
 import typer
 
 from pipelines.commands import PARAMS, RELEASE, REPORTS
+
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of lines")]
+
+
+def review(
+    version: Annotated[int | None, typer.Argument(help="the last model when none is named")] = None,
+    comment: Annotated[str, typer.Option(help="say this about the version, instead of opening its page")] = "",
+) -> None:
+    """Open the review page of a version in a browser, or leave a comment on it for all who decide."""
+    import webbrowser
+
+    from pipelines import decisions, register, tracking
+    from pipelines.params import UserError
+
+    page = REPORTS / "review.html"
+    if comment or version is not None:
+        client = tracking.connect()
+        found = register.find(client, _name(), version)
+        if comment:
+            decisions.comment(client, found, comment)
+            typer.echo(f"{found.name} version {found.version}: the comment is kept with it")
+            return
+        page = tracking.page_of(client, found)
+    if not page.exists():
+        raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
+    typer.echo(page.resolve().as_uri())
+    webbrowser.open(page.resolve().as_uri())
+
+
+def why(
+    version: Annotated[int | None, typer.Argument(help="the champion when none is named")] = None,
+    as_json: Json = False,
+) -> None:
+    """Why a version exists: data, filters, training, cost, comparison, decisions."""
+    from pipelines import register, tracking
+    from pipelines.why import lines, story
+
+    client = tracking.connect()
+    found = register.find(client, _name(), version, (register.CHAMPION, register.CHALLENGER))
+    told = story(client, found, REPORTS)
+    typer.echo(json.dumps(told, indent=2, ensure_ascii=False) if as_json else "\n".join(lines(told)))
 
 
 def keys() -> None:
@@ -22,7 +63,7 @@ def keys() -> None:
 
 def verify(
     version: Annotated[int | None, typer.Argument(help="the champion when none is named")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines")] = False,
+    as_json: Json = False,
 ) -> None:
     """Is a version what it claims to be? Offline; ends with 1 when a check fails, and says what is wrong."""
     from pipelines import register

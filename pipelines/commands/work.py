@@ -103,19 +103,6 @@ def status() -> None:
         typer.echo(f"{params.register_.name} has no version yet; `make demo` makes one")
 
 
-def review() -> None:
-    """Open the review page of the last model in a browser."""
-    import webbrowser
-
-    from pipelines.params import UserError
-
-    page = REPORTS / "review.html"
-    if not page.exists():
-        raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
-    typer.echo(page.resolve().as_uri())
-    webbrowser.open(page.resolve().as_uri())
-
-
 def _dvc() -> list[str]:
     return [sys.executable, "-m", "dvc"]
 

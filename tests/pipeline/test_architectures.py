@@ -33,5 +33,5 @@ def test_v3_goes_from_tokens_to_an_export(reproduced, tmp_path: Path, monkeypatc
     data = (folder / "data/clean", folder / "data/chat", Path("reports"))
     found = evaluate(params.evaluate, ["en"], "base", Path("v3"), *data)
     assert 0 < found["bits_per_byte"] < 10 and found["health"].keys() == {"mtp_acceptance", "router_entropy"}
-    parity = export(params.export, Path("v3"), folder / "data/clean", Path("release"), run)
+    parity = export(params, Path("v3"), *data, Path("release"), run)
     assert parity["passed"] and parity["max_logit_difference"] <= 1e-4
