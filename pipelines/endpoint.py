@@ -156,11 +156,11 @@ def stop() -> dict[str, Any] | None:
     state = running()
     if state is None:
         return None
-    process = psutil.Process(state["pid"])
+    process, deadline = psutil.Process(state["pid"]), time.monotonic() + STOP_S
     process.terminate()
-    try:
-        process.wait(STOP_S)
-    except psutil.TimeoutExpired:
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if running():
         process.kill()
     STATE.unlink(missing_ok=True)
     return state

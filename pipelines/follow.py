@@ -53,7 +53,7 @@ class Follower:
     def health(self) -> dict[str, Any]:
         """What /health says of the alias: the refused version with its reason, and whether the registry answers."""
         silent = None if self._silent_since is None else round(time.monotonic() - self._silent_since)
-        return {"alias": str(self._where), "refused": self._refused, "registry_silent_s": silent}
+        return {"follows": {"alias": str(self._where), "refused": self._refused, "registry_silent_s": silent}}
 
     def _run(self) -> None:
         while not self._stopping.wait(POLL_S):
@@ -74,7 +74,7 @@ class Follower:
             return
         try:
             self._serve()
-        except (UserError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  whatever is wrong with the new version, the old one serves
             self._refuse(found, str(error))
 
     def _version(self) -> tracking.ModelVersion | None:

@@ -46,7 +46,8 @@ def clones(project, server: SharedServer, tmp_path_factory: pytest.TempPathFacto
     project.run("dvc", "remote", "add", "-d", "store", "s3://dvc")
     project.run("dvc", "remote", "modify", "store", "endpointurl", endpoint)
     project.run("shovel", "keys")
-    project.commit("a remote and a key")
+    project.run("dvc", "repro", "-sf", "review", **as_user(server.address, "builder"))
+    project.commit("a remote, a key, and a review that the server knows")
     clones = [project.copy(tmp_path_factory.mktemp("clone") / name) for name in ("first", "again", "other", "late")]
     for clone, indent in ((clones[2], 4), (clones[3], 8)):
         file = clone.folder / "data/models/release/generation_config.json"
@@ -91,7 +92,8 @@ def test_three_jobs_register_at_once_and_no_version_is_lost_or_doubled(clones, s
 
 
 def test_only_a_reviewer_promotes(clones, server, client) -> None:
-    [(code, said)] = at_once(clones[:1], ("promote", "1"), **as_user(server.address, "builder"))
+    mine = next(number for number, digest in versions(client).items() if digest == _digest(clones[0]))
+    [(code, said)] = at_once(clones[:1], ("promote", str(mine)), **as_user(server.address, "builder"))
     assert code == 2 and "members of the role reviewers may" in said and "Traceback" not in said
     assert not list((clones[0].folder / "reports").glob("releases/*.json"))
     assert "champion" not in client.get_registered_model(NAME).aliases
@@ -129,7 +131,7 @@ def test_a_server_killed_in_mid_registration_leaves_no_half_version(clones, serv
     assert code == 2 and "does not answer" in said and "Traceback" not in said
     server.start()
     made = {number: digest for number, digest in versions(client).items() if number not in known}
-    assert list(made.values()) == ([_digest(clones[3])] if after else [])
+    assert list(made.values()) == ([_digest(clones[3])] if after else []), said
     if after:
         [(code, said)] = at_once(clones[3:], ("register",), **as_user(server.address, "builder"))
         assert code == 0 and set(versions(client)) - set(known) == set(made)
