@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -147,10 +147,11 @@ def killing(server: SharedServer, route: str, after: bool) -> Iterator[str]:
                 self.close_connection = True
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            upstream = HTTPConnection("127.0.0.1", server.port, timeout=60)
-            upstream.request(self.command, self.path, body, {**self.headers, "Host": f"127.0.0.1:{server.port}"})
-            answer = upstream.getresponse()
-            content = answer.read()
+            headers = {**self.headers, "Host": f"127.0.0.1:{server.port}"}
+            with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as upstream:
+                upstream.request(self.command, self.path, body, headers)
+                answer = upstream.getresponse()
+                content = answer.read()
             if fatal:
                 server.kill()
                 self.close_connection = True
