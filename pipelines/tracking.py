@@ -37,7 +37,7 @@ PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
 PENDING = "pending-"  # begins the id of a run that no server knows yet
 NOTE = """### How to decide whether a model goes live
-1. *Models* (top left), the version with the alias `challenger`: its description says how good it is, what it was
+1. *Model registry* (left), the version with the alias `challenger`: its description says how good it is, what it was
    trained on, and links to its **review page**: gates, champion and challenger side by side, samples, data, licences.
 2. Curves: one run below is one pipeline, its stages nested in it; open `pretrain`, *Model metrics*.
 3. In the repository: `shovel why N` tells where it comes from, `shovel verify N` checks bytes, signatures and lineage.

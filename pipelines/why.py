@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pipelines import decisions, evidence, keys, register, stage, statement, tracking
-from pipelines.params import UserError
+from pipelines.params import UserError, read_yaml
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
@@ -116,13 +116,15 @@ def _comparison(
 
 
 def _paired(folder: Path, theirs: Path) -> dict[str, Any]:
-    from pipelines.compare import difference  # torch, three seconds of import
+    """What was changed, and the difference on the documents that both have scored."""
+    from pipelines.compare import difference, settings  # torch, three seconds of import
 
+    changed = settings(*(read_yaml(side / "params.yaml") for side in (folder, theirs)))
     files = [side / "documents-chat.csv" for side in (folder, theirs)]
     paired = difference(*map(pd.read_csv, files)) if all(file.exists() for file in files) else None
     if paired is None:
-        return {}
-    ends = {"difference": paired.value, "ci95": [paired.low, paired.high]}
+        return {"settings": changed}
+    ends = {"settings": changed, "difference": paired.value, "ci95": [paired.low, paired.high]}
     return ends | {"documents": paired.documents, "verdict": paired.verdict}
 
 
@@ -155,7 +157,9 @@ def _rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     low, high = result["ci95"]
     beside = f"xz {result['baselines']['xz']:.3f}, 5-gram {result['baselines']['five_gram']:.3f}"
     yield "result", f"{result['bits_per_byte']:.3f} bits per byte held out (95 %: {low:.3f} to {high:.3f}); {beside}"
-    yield "against", _against(told["comparison"])
+    yield "against", _against(told["comparison"], bool(told["decisions"]))
+    if changed := (told["comparison"] or {}).get("settings"):
+        yield "changed", ", ".join(f"{one['name']} {one['theirs']} -> {one['ours']}" for one in changed)
     passed = sum(gate["passed"] for gate in told["gates"])
     if told["gates"]:
         yield "gates", f"{passed} of {len(told['gates'])} passed"
@@ -193,10 +197,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _against(comparison: dict[str, Any] | None) -> str:
+def _against(comparison: dict[str, Any] | None, decided: bool) -> str:
     if comparison is None:
         return "no champion; it was the first"
-    text = f"version {comparison['version']}, the champion of that time"
+    text = f"version {comparison['version']}, the champion{' of that time' if decided else ''}"
     bits = "" if comparison["bits_per_byte"] is None else f": {comparison['bits_per_byte']:.3f}"
     if "verdict" not in comparison:
         return text + bits
