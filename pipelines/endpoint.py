@@ -26,7 +26,7 @@ from pipelines.params import UserError
 from pipelines.serving.guard import read_callers
 
 STATE, LOG = SERVING / "server.json", SERVING / "server.log"
-READY_S, STOP_S, SWITCH_S = 300.0, 60.0, 30.0  # patience with a start, with open answers, with a switch
+READY_S, STOP_S, SWITCH_S = 300.0, 60.0, 120.0  # patience with a start, with open answers, with a switch
 QUESTION = "How are you?"
 
 

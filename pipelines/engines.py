@@ -48,7 +48,7 @@ def _transformers(_: Target, model: Model | None, host: str, port: int, __: Path
     assert model is not None
     require_callers(host, None)
     program = Path(sys.executable).with_name("transformers")
-    if importlib.util.find_spec("accelerate") is None:
+    if importlib.util.find_spec("accelerate") is None or not program.exists():
         raise UserError("`transformers serve` is incomplete; `pip install -c constraints.txt -e .[peer]` mends that.")
     words = [str(program), "serve", str(model.folder), "--host", host, "--port", str(port)]
     return words, {**os.environ, "HF_HUB_OFFLINE": "1"}, str(model.folder)
