@@ -21,7 +21,7 @@ import psutil
 import requests
 
 from pipelines import processes, stage
-from pipelines.deploy import SERVING, Target
+from pipelines.deploy import SERVING, Model, Target
 from pipelines.params import UserError
 from pipelines.serving.guard import read_callers
 
@@ -60,11 +60,23 @@ def require_port(host: str, port: int) -> None:
             raise UserError(f"port {port} cannot be used on {host} ({why}); name another with --port.") from None
 
 
-def claim(where: Target, engine: str, host: str, port: int, pid: int | None = None) -> None:
-    """Write the state of a process, this one when none is given; it stays the same when it becomes another program."""
+def claim(
+    where: Target, engine: str, host: str, port: int, model: Model | None, pid: int | None = None
+) -> dict[str, Any]:
+    """Write the state of a process, this one when none is given; it stays the same when it becomes another program.
+
+    model: what it serves, where it does not follow an alias. Returns the state.
+    """
     process = psutil.Process(pid)
-    content = {"address": f"http://{host}:{port}", "engine": engine, "log": str(LOG), "model": str(where)}
-    stage.write_json(STATE, content | {"pid": process.pid, "process": processes.identity(process)})
+    state = {"address": f"http://{host}:{port}", "engine": engine, "log": str(LOG), "model": str(where)}
+    state |= {"version": model and model.version.version, "pid": process.pid, "process": processes.identity(process)}
+    stage.write_json(STATE, state)
+    return state
+
+
+def version(state: dict[str, Any]) -> str:
+    """Which version answers there now."""
+    return state["version"] or (health(state["address"]) or {}).get("version", "unknown")
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], output: Path = LOG) -> subprocess.Popen[bytes]:

@@ -181,7 +181,7 @@ def _write(
     }
     review = tracking.find_run(client, facts["runs"].get("review"))
     if review:
-        tracking.upload(client, review.info.run_id, evidence.folder(reports, digest), evidence.ARTIFACT)
+        tracking.upload(client, review.info.run_id, evidence.folder(reports, digest), evidence.artifact(digest))
     if version:
         return tracking.tag_version(client, version, tags)
     return client.create_model_version(

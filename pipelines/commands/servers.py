@@ -56,8 +56,8 @@ def serve(
     from pipelines import endpoint
 
     where, port = _where(model, port)
-    command, environment, name = _command(where, host, port, engine, tokens)
-    endpoint.claim(where, engine, host, port)
+    (command, environment, name), checked = _command(where, host, port, engine, tokens)
+    endpoint.claim(where, engine, host, port, checked)
     typer.echo(_invitation(name, f"http://{host}:{port}", tokens))
     os.execvpe(command[0], command, environment)
 
@@ -107,15 +107,19 @@ def usage(
 
 
 def _start(where: Target, host: str, port: int, engine: EngineName, tokens: Path | None) -> None:
-    from pipelines import endpoint
+    from pipelines import endpoint, tracking
+    from pipelines.deploy import tag
 
-    command, environment, name = _command(where, host, port, engine, tokens)
+    (command, environment, name), model = _command(where, host, port, engine, tokens)
     process = endpoint.start(command, environment)
-    endpoint.claim(where, engine, host, port, process.pid)
-    address = f"http://{host}:{port}"
+    state = endpoint.claim(where, engine, host, port, model, process.pid)
+    address = state["address"]
     endpoint.await_ready(process, address, name, tokens)
-    version = (endpoint.health(address) or {}).get("version", "?")
-    typer.echo(f"{where} version {version} answers; {endpoint.LOG} is its log, `shovel deploy --stop` ends it")
+    if model:
+        tag(tracking.connect(), model.version, "deployed", address=address, engine=engine)
+    typer.echo(
+        f"{where} version {endpoint.version(state)} answers; {endpoint.LOG} is its log, `shovel deploy --stop` ends it"
+    )
     typer.echo(_invitation(name, address, tokens))
 
 
@@ -128,8 +132,10 @@ def _where(model: str | None, port: int | None) -> tuple[Target, int]:
     return target(model, params.register_.name), port or params.serve.port
 
 
-def _command(where: Target, host: str, port: int, engine: EngineName, tokens: Path | None) -> Command:
-    """What starts the process that serves, where it can; an engine that checks no model itself gets a checked one."""
+def _command(
+    where: Target, host: str, port: int, engine: EngineName, tokens: Path | None
+) -> tuple[Command, Model | None]:
+    """What starts the process that serves, where it can; and the checked model of an engine that checks none itself."""
     from pipelines.endpoint import require_free
     from pipelines.engines import ENGINES
     from pipelines.params import UserError
@@ -139,8 +145,8 @@ def _command(where: Target, host: str, port: int, engine: EngineName, tokens: Pa
         raise UserError(f"{engine} is not started here; `shovel deploy --engine {engine}` writes what starts it.")
     callers_of(host, tokens)
     require_free(host, port)
-    chosen = ENGINES[engine]
-    return chosen.command(where, None if chosen.follows else _prepare(where), host, port, tokens)
+    model = None if ENGINES[engine].follows else _prepare(where)
+    return ENGINES[engine].command(where, model, host, port, tokens), model
 
 
 def _prepare(where: Target) -> Model:
@@ -182,7 +188,7 @@ def _status() -> int:
     if state is None or found is None:
         typer.echo("nothing is served from this repository" if state is None else f"{state['address']} does not answer")
         return 1
-    typer.echo(f"{state['model']} version {found.get('version', '?')} at {state['address']} ({state['engine']})")
+    typer.echo(f"{state['model']} version {endpoint.version(state)} at {state['address']} ({state['engine']})")
     follows = found.get("follows") or {}
     if refused := follows.get("refused"):
         typer.echo(f"version {refused['version']} was refused: {refused['why']}")
