@@ -19,7 +19,7 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient
 
-WAIT_S, EXPIRES_S, POLL_S = 60, 120, 0.5  # nobody holds it longer than seconds; EXPIRES_S: one of another machine
+WAIT_S, EXPIRES_S, POLL_S = 300, 600, 0.5  # it is held for seconds; EXPIRES_S: one of another machine
 
 
 @contextmanager
