@@ -14,9 +14,9 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-npu lab ui serve
+.PHONY: help demo test test-npu lab ui serve bench bench-quick
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(if $(ON_NPU),.venv-npu/installed,.venv/installed-core) ## raw text to a promoted model in one go, about 10 minutes; DEVICE=npu: on Ascend
 	@$(if $(ON_NPU),$(BUILD_EMULATOR))
@@ -38,6 +38,12 @@ ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 
 serve: .venv/installed-core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
 	@shovel serve
+
+bench: .venv-bench/installed ## every target against its peers, about 20 minutes on a quiet machine; renews the table in README.md
+	@.venv-bench/bin/python kernels/bench/run.py
+
+bench-quick: .venv-bench/installed ## the same in three minutes: smaller shapes, fewer peers, nothing written
+	@.venv-bench/bin/python kernels/bench/run.py --quick
 
 # Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
 $(BIN)/pip:
@@ -64,12 +70,22 @@ endef
 	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
 	@touch $@
 
-# torch_npu has an environment of its own, which sees all of .venv: in .venv `import torch` would fail without CANN.
-.venv-npu/installed: .venv/installed-dev
-	@$(PYTHON) -m venv .venv-npu
+# Environments on top of .venv, which see all of it. torch_npu: with it in .venv `import torch` would fail without CANN.
+# torchtitan, without what it asks for but does not use here: its requirements would replace other packages.
+define on_top_of_venv
+	@$(PYTHON) -m venv $(1)
 	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
-	  > $$($(NPU)/python -c 'import site; print(site.getsitepackages()[0])')/shovel.pth
+	  > $$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/shovel.pth
+endef
+
+.venv-npu/installed: .venv/installed-dev
+	$(call on_top_of_venv,.venv-npu)
 	$(call install,.venv-npu: torch_npu,--no-deps -c constraints.txt torch-npu,$(NPU))
+	@touch $@
+
+.venv-bench/installed: .venv/installed-core
+	$(call on_top_of_venv,.venv-bench)
+	$(call install,.venv-bench: torchtitan,--no-deps -c constraints.txt torchtitan spmd-types tyro docstring-parser,.venv-bench/bin)
 	@touch $@
 
 .venv/installed-lab: .venv/installed-core

@@ -5,17 +5,21 @@ whose steps gives a row its next tokens. A model with multi-token prediction spe
 ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
 arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
 
-What a row gets does not depend on its neighbours, to the last bit on a CPU: passes hold a multiple of four tokens, as
-products over fewer rows round otherwise, sums over the past are taken in parts of fixed size, and each row draws from
-a generator of its own.
+What a row gets does not depend on its neighbours, to the last bit on a CPU: the tokens of a pass are filled up to where
+products and elementary functions round alike for every number of them (`tokens_of_a_pass`), sums over the past are
+taken in parts of fixed size, and each row draws from a generator of its own.
 
-Shapes: B rows (real ones, then copies of row 0), R rows of a reading, S tokens, C tokens of a chunk, D hidden size,
+Shapes: B rows (real ones, then copies of the first), R rows of a reading, S tokens, C tokens of a chunk, D hidden size,
 V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections import deque
 from collections.abc import Sequence
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,10 +29,13 @@ from torch.nn import functional as F
 from model.cache import Cache
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
     from model.transformer import MoETransformer
 
-CHUNK = 512  # prompt tokens a pass
-MULTIPLE = 4  # tokens of a pass, and rows of a batch
+CHUNK = 256  # prompt tokens a pass
+PLAIN, TRIAL, MEMORY = 2, 6, 24  # steps without drafts, then with; steps that are remembered
+MULTIPLE = 4  # rows of a product
+VECTORS = 32  # numbers that a processor's vector unit takes at a time; what is left over is rounded otherwise
 
 
 class Sampler:
@@ -79,11 +86,21 @@ class Reading:
         """Whether all is read."""
         return self.at == self.length
 
-    @torch.no_grad()
+    def state(self) -> tuple[Cache, Cache | None]:
+        """Copies of what the trunk and the MTP block have seen, for `resume` of a reading with the same tokens so far
+        and the same one after them."""
+        return _copied(self.cache), None if self.ahead is None else _copied(self.ahead)
+
+    def resume(self, at: int, state: tuple[Cache, Cache | None]) -> None:
+        """Go on after `at` tokens, a multiple of `CHUNK`, as if they had been read here."""
+        self.at, self.cache = at, _copied(state[0])
+        self.ahead = None if state[1] is None else _copied(state[1])
+
+    @torch.inference_mode()
     def advance(self, with_logits: bool = False) -> Tensor | None:
         """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
         part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
-        count, short = part_RC.shape[1], -part_RC.shape[1] % MULTIPLE
+        count, short = part_RC.shape[1], -part_RC.shape[1] % tokens_of_a_pass(self.net.config)
         counts_R = torch.full_like(self.cache.lengths_B, count)
         out = self.net(F.pad(part_RC, (0, short)), cache=self.cache, counts_B=counts_R, with_logits=with_logits)
         self.cache.settle(self.cache.lengths_B + count)
@@ -100,11 +117,38 @@ class Reading:
         return out.logits[:, :count] if out.logits is not None else None
 
 
+class Pace:
+    """Whether drafting pays in a batch of so many rows, judged by the time of its own steps.
+
+    The first steps check no draft, the next ones do; as soon as a token costs more time with drafts than without,
+    drafting is given up. That changes no token, unless two are as good to rounding: passes of one token and of two
+    round otherwise. Who needs the same bits whatever the clock says takes none.
+    """
+
+    def __init__(self) -> None:
+        self.plain_s: list[float] = []
+        self.drafted: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # (seconds, tokens a row) of a step
+
+    @property
+    def probes(self) -> bool:
+        """Whether the next step is to check no draft."""
+        return len(self.plain_s) < PLAIN
+
+    @property
+    def pays(self) -> bool:
+        """Whether to go on drafting."""
+        if len(self.drafted) < TRIAL:
+            return True
+        seconds, gained = zip(*self.drafted, strict=True)
+        return median(seconds) / fmean(gained) <= min(self.plain_s)
+
+
 class Batch:
     """The state of the rows: what the trunk and the MTP block have seen, and the token and the draft that come next."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
         self.samplers: list[Sampler] = []
+        self.pace = pace
         self.logits_BSV: Tensor | None = None  # of the last step: those of row r's tokens are the first ones of [r]
 
     def __len__(self) -> int:
@@ -131,10 +175,10 @@ class Batch:
         if rows:
             self._arrange(rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """The next tokens of each row: one, or two where a draft was right."""
-        width = 1 if self.ahead is None else 2
+        start, width = time.perf_counter(), 1 if self.ahead is None or (self.pace and self.pace.probes) else 2
         ids_BS = torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width]
         out = self.net(ids_BS, cache=self.cache, with_logits=True)
         self.logits_BSV = out.logits
@@ -144,7 +188,13 @@ class Batch:
             second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
+        if self.pace and width == 1 and self.ahead is not None:
+            self.pace.plain_s.append(time.perf_counter() - start)
         self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
+        if self.pace and width == 2:
+            self.pace.drafted.append((time.perf_counter() - start, fmean(map(len, tokens))))
+        if self.pace and not self.pace.pays:
+            self.ahead = None
         return tokens
 
     def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
@@ -153,7 +203,7 @@ class Batch:
         self.cache.settle(self.cache.lengths_B + counts_B)
         drafts = [row[-1] for row in tokens]
         if self.ahead is not None:
-            next_B2 = torch.tensor([(row * 2)[:2] for row in tokens], device=state.device)
+            next_B2 = torch.tensor([(row * 2)[: state.shape[1]] for row in tokens], device=state.device)
             foretold_BSD = self.net.foretell(state, next_B2, self.ahead, counts_B)
             self.ahead.settle(self.ahead.lengths_B + counts_B)
             last_BD = foretold_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
@@ -161,14 +211,28 @@ class Batch:
         self.next = [(row[-1], draft) for row, draft in zip(tokens, drafts, strict=True)]
 
     def _arrange(self, rows: Sequence[int]) -> None:
-        """Those rows, and copies of the first up to a multiple of four."""
-        places = [*rows, *[rows[0]] * (-len(rows) % MULTIPLE)]
+        """Those rows, and copies of the first up to what a pass needs."""
+        multiple = max(MULTIPLE, tokens_of_a_pass(self.net.config) // (1 if self.ahead is None else 2))
+        places = [*rows, *[rows[0]] * (-len(rows) % multiple)]
+        if self.pace and len(places) != len(self.next):
+            self.pace = Pace()
         self.next = [self.next[place] for place in places]
         self.cache = self.cache.rows(self._index(places))
         self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), device=self.cache.lengths_B.device)
+
+
+def tokens_of_a_pass(config: ModelConfig) -> int:
+    """The number that the tokens of a pass are a multiple of: the narrowest tensors, of streams, of experts and of
+    rotary channels, then fill whole vectors."""
+    widths = (config.n_routed_experts, config.qk_rope_head_dim // 2, config.hc_mult if config.is_v4 else VECTORS)
+    return max(MULTIPLE, *(VECTORS // math.gcd(VECTORS, width) for width in widths))
+
+
+def _copied(cache: Cache) -> Cache:
+    return cache.rows(torch.arange(len(cache.lengths_B), device=cache.lengths_B.device))
 
 
 def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ import hashlib
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 KEPT = 2  # checkpoints that stay: the newest, and one to fall back to
 
@@ -60,6 +63,45 @@ class CheckpointStore:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+class CheckpointWriter:
+    """Writes to a store in a thread while training goes on: one checkpoint at a time, from a copy in host memory.
+
+    Leaving the `with` block waits for the last one. What a write fails with is raised by the next call, or there.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store, self._pool = store, ThreadPoolExecutor(1)
+        self._writing: Future[Path] | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state of `step` finished steps, once the checkpoint before is written, and return."""
+        self.wait()
+        self._writing = self._pool.submit(self._store.save, step, _copied(state))
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
+
+
+def _copied(state: Any) -> Any:
+    """Nested dicts and lists with every tensor in host memory of its own."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return type(state)((key, _copied(value)) for key, value in state.items())
+    return [_copied(value) for value in state] if isinstance(state, list) else state
 
 
 def _is_sound(path: Path) -> bool:

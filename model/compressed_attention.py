@@ -159,9 +159,14 @@ class Compressor(nn.Module):
         number_BT = (cache.lengths_B // self.rate)[:, None] + torch.arange(count, device=tokens_BSC.device)
         position_BT = number_BT * self.rate
         first_BT = position_BT - cache.lengths_B[:, None] + kept
-        new_BTD = self._pool(history_BNC, first_BT, position_BT, context)
         complete_BT = position_BT + self.rate <= context.ends_B[:, None]
-        entries = cache.slots(layer, "entries").write(new_BTD, number_BT, complete_BT, cache.capacity // self.rate)
+        store = cache.slots(layer, "entries")
+        # most single tokens complete no block; an accelerator computes sooner than it answers
+        if store.values_BNC is None or complete_BT.device.type != "cpu" or complete_BT.any():
+            new_BTD = self._pool(history_BNC, first_BT, position_BT, context)
+        else:
+            new_BTD = store.values_BNC.new_zeros(*complete_BT.shape, self.width)
+        entries = store.write(new_BTD, number_BT, complete_BT, cache.capacity // self.rate)
         last_T = (torch.arange(entries.shape[1], device=entries.device) + 1) * self.rate - 1
         return entries, last_T <= context.positions_BS[:, :, None]
 

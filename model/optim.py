@@ -160,10 +160,11 @@ def balance_experts(net: nn.Module, expert_load_ME: Tensor, speed: float) -> Non
             router.e_score_correction_bias += speed * (load_E.mean() - load_E).sign()
 
 
-def bias_range(net: nn.Module) -> float:
-    """Largest minus smallest selection bias, of the layer where they are farthest apart."""
+def bias_range(net: nn.Module) -> Tensor:
+    """Largest minus smallest selection bias, of the layer where they are farthest apart; a scalar."""
     biases = [router.e_score_correction_bias for router in _routers(net) if not isinstance(router, HashRouter)]
-    return max((float(bias.max() - bias.min()) for bias in biases), default=0.0)
+    ranges = [bias.max() - bias.min() for bias in biases]
+    return torch.stack(ranges).max() if ranges else next(net.parameters()).new_zeros(())
 
 
 def _routers(net: nn.Module) -> list[Router]:

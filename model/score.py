@@ -96,4 +96,4 @@ def _starts(length: int, window: int) -> range:
 def _losses(net: MoETransformer, ids_BS: Tensor) -> tuple[np.ndarray, Tensor]:
     out = net(ids_BS)
     losses = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids_BS), -1).double().cpu().numpy(), out.expert_load.cpu()
+    return losses.view(len(ids_BS), -1).cpu().double().numpy(), out.expert_load.cpu()

@@ -2,13 +2,15 @@
 
 A run that was killed and started again continues from its last checkpoint and ends with the same bits as one that was
 never interrupted: the state holds weights, optimiser, random generator and history; batches depend on the step alone.
+The next batch is made and the last checkpoint is written in threads meanwhile; figures leave the device twice a step.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from moe_kernels import device as devices
 from torch import Tensor
 
-from model.checkpoint import CheckpointStore
+from model.checkpoint import CheckpointStore, CheckpointWriter
 from model.data import Batch, Rows, batch
 from model.losses import IGNORED, losses_of
 from model.optim import adamw, balance_experts, bias_range, muon
@@ -84,6 +86,7 @@ def train(
     health figures of the layers, tokens and tokens_per_s; after a resume it first gets the records of the steps before.
     Raises `DivergedError` when the loss or the gradient is not finite; nothing of that step is kept.
     """
+    devices.be_deterministic(device)
     torch.manual_seed(config.seed)
     net.to(device).train()
     make = muon if config.optimizer == "muon" else adamw
@@ -91,19 +94,32 @@ def train(
     history = _resume(net, optimizer, store, device)
     for step, record in enumerate(history):
         report(step, record)
-    for step in range(len(history), config.steps):
-        start = time.perf_counter()
-        data = batch(rows, *config.rows(step))
-        record = take_step(net, optimizer, data, step, config, device)
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
-            raise DivergedError(step, data.documents, store.latest_path())
-        record |= {"tokens": data.input_ids.numel()}
-        record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - start)
-        history.append(record)
-        report(step, record)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            store.save(step + 1, _state(net, optimizer, history, device))
+    first = len(history)
+    with CheckpointWriter(store) as writer:
+        for step, data in enumerate(_batches(rows, config, first), first):
+            start = time.perf_counter()
+            record = take_step(net, optimizer, data, step, config, device)
+            if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+                writer.wait()
+                raise DivergedError(step, data.documents, store.latest_path())
+            record |= {"tokens": data.input_ids.numel()}
+            record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - start)
+            history.append(record)
+            report(step, record)
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                writer.save(step + 1, _state(net, optimizer, history, device))
     return history
+
+
+def _batches(rows: Rows, config: TrainConfig, first: int) -> Iterator[Batch]:
+    """The batches of the steps from `first` on; each is made while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(batch, rows, *config.rows(step)) for step in range(first, min(first + 1, config.steps))]
+        for step in range(first + 1, config.steps + 1):
+            data = coming.pop().result()
+            if step < config.steps:
+                coming.append(pool.submit(batch, rows, *config.rows(step)))
+            yield data
 
 
 def take_step(
@@ -121,23 +137,29 @@ def take_step(
         group["lr"] = rate
     losses, statistics = _backward(net, data, step, config, device)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
-    if torch.isfinite(norm) and math.isfinite(losses["loss"]):
+    record = _fetched(losses | {"gradient_norm": norm})
+    if math.isfinite(record["gradient_norm"]) and math.isfinite(record["loss"]):
         optimizer.step()
         balance_experts(net, statistics["expert_load"], config.balance_speed)
     optimizer.zero_grad(set_to_none=True)
-    return losses | {"learning_rate": rate, "gradient_norm": norm.item()} | _health(net, statistics)
+    return record | {"learning_rate": rate} | _fetched(_health(net, statistics))
+
+
+def _fetched(figures: dict[str, Tensor]) -> Record:
+    """Scalars of one device in one transfer."""
+    return dict(zip(figures, torch.stack([figure.float() for figure in figures.values()]).tolist(), strict=True))
 
 
 def _backward(
     net: MoETransformer, data: Batch, step: int, config: TrainConfig, device: torch.device
-) -> tuple[Record, dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of the whole batch, one part of it after the other; (mean losses, statistics over the batch)."""
     ahead = mtp_weight(step, config.steps, config.decay_fraction, *config.mtp_weights)
     weights = {"loss": 1.0, "mtp_loss": ahead}
     weights |= {"balance_loss": config.balance_weight, "indexer_loss": config.indexer_weight}
     parts = data.split(max(1, (config.micro_batch_tokens or data.input_ids.numel()) // data.input_ids.shape[1]))
     counted = [int((part.targets != IGNORED).sum()) for part in parts]
-    means: Record = {}
+    means: dict[str, Tensor] = {}
     statistics: dict[str, Tensor] = {}
     for part, count in zip(parts, counted, strict=True):
         with autocast(config.precision, device):
@@ -145,25 +167,25 @@ def _backward(
             losses, seen = losses_of(net, *tensors, sparse=step >= config.dense_attention_steps)
         share = count / max(sum(counted), 1)
         torch.stack([weights[name] * share * loss for name, loss in losses.items()]).sum().backward()
-        means = {name: means.get(name, 0.0) + share * loss.item() for name, loss in losses.items()}
+        means = {name: means.get(name, 0.0) + share * loss.detach() for name, loss in losses.items()}
         statistics = {name: statistics[name] + value if statistics else value for name, value in seen.items()}
     load_ME = statistics.pop("expert_load")
     return means, {name: value / len(parts) for name, value in statistics.items()} | {"expert_load": load_ME}
 
 
-def _health(net: MoETransformer, statistics: dict[str, Tensor]) -> Record:
+def _health(net: MoETransformer, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Figures that say whether the layers work: of the worst layer, except for means of entropy and recall."""
     load_ME = statistics["expert_load"].float()
-    record = {"bias_range": bias_range(net)}
+    figures = {"bias_range": bias_range(net)}
     if len(load_ME):
         over_mean_ME = load_ME / load_ME.mean(dim=1, keepdim=True)
-        record |= {"max_load_over_mean": over_mean_ME.max().item(), "min_load_over_mean": over_mean_ME.min().item()}
-        record["router_entropy"] = statistics["router_entropy"].mean().item()
+        figures |= {"max_load_over_mean": over_mean_ME.max(), "min_load_over_mean": over_mean_ME.min()}
+        figures["router_entropy"] = statistics["router_entropy"].mean()
     if "sinkhorn_error" in statistics:
-        record["sinkhorn_error"] = statistics["sinkhorn_error"].max().item()
+        figures["sinkhorn_error"] = statistics["sinkhorn_error"].max()
     if "indexer_recall" in statistics:
-        record["indexer_recall"] = statistics["indexer_recall"].mean().item()
-    return record
+        figures["indexer_recall"] = statistics["indexer_recall"].mean()
+    return figures
 
 
 def _state(

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ DOCUMENTS = pa.schema([pa.field("text", pa.string()), *COLUMNS])
 MESSAGE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 DIALOGUES = pa.schema([pa.field("messages", pa.list_(MESSAGE)), *COLUMNS])
 NAVIGATION = 40  # characters; a line of prose at least this long in many documents of a source is furniture
+LONG_LINE = re.compile(rf"^.{{{NAVIGATION},}}", re.MULTILINE)
+CONTROL = bytes([*range(9), 11, 12, *range(14, 32), 127])  # in UTF-8 such a byte is always a character of its own
+MARKUP = {".rst": "rst", ".po": "po", ".jsonl": "jsonl", ".parquet": "parquet"}
 CODE_SUFFIXES = {".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".sh", ".css", ".sql"}
 
 
@@ -101,26 +105,37 @@ def _rows_of(source: dict[str, Any], folder: Path, params: Clean, advance: Any) 
 
 
 def _side_by_side(work: Any, files: list[dict[str, str]], advance: Any) -> Iterator[list[Item]]:
-    """Convert files on all cores where there are enough of them, results in order."""
+    """Convert files, results in order; those with markup on all cores where there are enough of them."""
     paths = [file["path"] for file in files]
-    if len(paths) < 100:
-        for path in paths:
-            yield work(path)
-            advance()
-        return
+    marked = [path for path in paths if _markup(*work.args[1:], Path(path).suffix)]
+    converted, waiting = _on_all_cores(work, marked) if len(marked) >= 100 else map(work, marked), set(marked)
+    for path in paths:
+        yield next(converted) if path in waiting else work(path)
+        advance()
+
+
+def _on_all_cores(work: Any, paths: list[str]) -> Iterator[list[Item]]:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
         converted = pool.map(work, paths, chunksize=16)
         signal.signal(signal.SIGINT, before)
-        for items in converted:
-            yield items
-            advance()
+        yield from converted
+
+
+def _markup(kind: str, use: str, suffix: str) -> str:
+    """What has to be parsed before there is text: rst, po, jsonl, parquet, dialogues; empty for plain text."""
+    if suffix in (".parquet", ".jsonl"):
+        return MARKUP[suffix]
+    if kind == "dialogues" or use == "chat":
+        return "dialogues"
+    return MARKUP.get(suffix, "") if kind == "auto" else "" if kind == "text" else kind
 
 
 def read(folder: Path, kind: str, use: str, path: str) -> list[Item]:
     """The documents or dialogues of one file; a file that gives nothing gives its reason."""
     file = folder / path
-    if file.suffix == ".parquet":
+    markup = _markup(kind, use, file.suffix)
+    if markup == "parquet":
         try:
             return _from_records(pq.read_table(file).to_pylist(), use)
         except pa.ArrowInvalid:
@@ -131,20 +146,12 @@ def read(folder: Path, kind: str, use: str, path: str) -> list[Item]:
         return [Item(dropped="binary")]
     if "\0" in text:
         return [Item(dropped="binary")]
-    if file.suffix == ".jsonl":
+    if markup == "jsonl":
         return _from_jsonl(text, use)
-    if kind == "dialogues" or use == "chat":
+    if markup == "dialogues":
         good, malformed = dialogues_in(text)
         return [Item(messages=_normal_dialogue(turns)) for turns in good] + [Item(dropped="malformed")] * malformed
-    return [_document(_as_text(text, kind, file.suffix), "")]
-
-
-def _as_text(text: str, kind: str, suffix: str) -> str:
-    if kind == "rst" or (kind == "auto" and suffix == ".rst"):
-        return rst_to_text(text)
-    if kind == "po" or (kind == "auto" and suffix == ".po"):
-        return po_to_text(text)
-    return text
+    return [_document({"rst": rst_to_text, "po": po_to_text}.get(markup, str)(text), "")]
 
 
 def _from_jsonl(text: str, use: str) -> list[Item]:
@@ -188,9 +195,13 @@ def _normal_dialogue(dialogue: Dialogue) -> Dialogue:
 def normal(text: str) -> str:
     """Unicode NFC, newlines as \\n, no trailing blanks, at most two empty lines in a row, no control characters."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text)
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n").strip()
+    text = text.encode("utf-8", "surrogatepass").translate(None, CONTROL).decode("utf-8", "surrogatepass")
+    text = text.replace("\ufeff", "")
+    if " \n" in text or "\t\n" in text:
+        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    if "\n\n\n\n" in text:
+        text = re.sub(r"\n{4,}", "\n\n\n", text)
+    return text.strip()
 
 
 def _row(item: Item, source: dict[str, Any], path: str, language: str) -> Row:
@@ -213,19 +224,21 @@ def _drop_furniture(rows: list[Row], min_characters: int) -> int:
     prose = [
         row for row in rows if "text" in row and not row["path"].endswith(".po") and _suffix(row) not in CODE_SUFFIXES
     ]
-    count = Counter(
-        line for row in prose for line in {line.strip() for line in row["text"].split("\n")} if len(line) >= NAVIGATION
-    )
+    found = [{line.strip() for line in LONG_LINE.findall(row["text"])} for row in prose]
+    count = Counter(chain.from_iterable(found))
     limit = max(10, len(prose) // 50)
-    furniture = {line for line, documents in count.items() if documents > limit}
-    gone = 0
-    for row in prose if furniture else ():
-        text = normal("\n".join(line for line in row["text"].split("\n") if line.strip() not in furniture))
+    furniture = {line for line, documents in count.items() if documents > limit and len(line) >= NAVIGATION}
+    gone = set()
+    for row, lines in zip(prose, found, strict=True):
+        if furniture.isdisjoint(lines):
+            continue
+        stay = (n for n in row["text"].split("\n") if len(n) < NAVIGATION or n.strip() not in furniture)
+        text = normal("\n".join(stay))
         if len(text) < min_characters <= len(row["text"]):
-            rows.remove(row)
-            gone += 1
+            gone.add(id(row))
         row["text"] = text
-    return gone
+    rows[:] = [row for row in rows if id(row) not in gone]
+    return len(gone)
 
 
 def _suffix(row: Row) -> str:
@@ -293,7 +306,7 @@ def _summary(name: str, entry: dict[str, Any]) -> str:
 
 def _write(path: Path, rows: list[Row], schema: pa.Schema) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+    table = pa.table([pa.array([row[field.name] for row in rows], field.type) for field in schema], schema=schema)
     pq.write_table(table, path, compression="zstd")
 
 

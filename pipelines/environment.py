@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import moe_kernels
 import torch
+from filelock import FileLock
+from moe_kernels import cache
 from moe_kernels import device as devices
 
 from pipelines.doctor import cann_version, installed
 
-PASSPORT, NO_PASSPORT = Path("reports/passport.json"), "none of this stack"
+NO_PASSPORT = "none of this stack"
 
 
 def emulated(device: torch.device) -> bool:
@@ -49,22 +54,63 @@ def stack(device: torch.device) -> dict[str, str]:
     }
 
 
-def passport(device: torch.device, file: Path = PASSPORT) -> str:
-    """Digest of the passport of this stack, which `shovel passport` writes; `NO_PASSPORT` where there is none."""
+def passport_file(device: torch.device) -> Path:
+    """Where the passport of this stack lies on this machine, as JSON; the page is beside it. Raises `OSError`."""
+    named = json.dumps(stack(device), sort_keys=True)
+    return cache.folder("passports") / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.json"
+
+
+def passport(device: torch.device) -> str:
+    """Digest of the passport of this stack; `NO_PASSPORT` where there is none."""
+    return digest(passport_file(device)) if _entries(device) is not None else NO_PASSPORT
+
+
+def passport_page(device: torch.device) -> Path | None:
+    """The page of the passport of this stack, where there is one."""
+    return passport_file(device).with_suffix(".html") if _entries(device) is not None else None
+
+
+def require_passport(device: torch.device) -> None:
+    """From here on the device's own kernels compute only what a passing entry of its passport vouches for.
+
+    A passport is made first where this stack has none, once, in well under a minute.
+    Whatever it does not vouch for, which is everything where none can be made, is left to the reference with a warning.
+    """
+    if _entries(device) is None:
+        make_passport(device, if_absent=True)
+    found: dict[str, bool] = {}
+    for entry in _entries(device) or ():
+        if entry["part"] == "operation" and entry["backend"] == device.type:
+            found[entry["name"]] = found.get(entry["name"], True) and entry["passed"]
+    used = (name for name, backend in moe_kernels.chosen(device).items() if backend != "reference")
+    moe_kernels.withhold([name for name in used if not found.get(name)], device.type)
+
+
+def make_passport(device: torch.device, if_absent: bool = False) -> None:
+    """Compare this stack with the reference in a process of its own, which an operator that fails cannot harm.
+
+    There every error of an Ascend is reported by the call that made it.
+    """
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))["stack"]
-    except (OSError, ValueError, KeyError):
-        return NO_PASSPORT
-    return digest(file) if known == stack(device) else NO_PASSPORT
-
-
-def distrust(device: torch.device, file: Path = PASSPORT) -> None:
-    """Have the reference compute, with a warning, what did not pass in the passport of this stack."""
-    if passport(device, file) == NO_PASSPORT:
+        file = passport_file(device)
+    except OSError:
         return
-    entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
-    wrong = {e["name"] for e in entries if e["part"] == "operation" and e["backend"] == device.type and not e["passed"]}
-    moe_kernels.withhold(wrong, device.type)
+    sources = [Path(module.__file__ or "").parents[1] for module in (moe_kernels, sys.modules[__package__])]
+    path = os.pathsep.join([*map(str, sources), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, "-W", "ignore", "-m", "pipelines.passport", device.type, str(file)]
+    with FileLock(file.with_suffix(".lock")):
+        if not if_absent or _entries(device) is None:
+            settings = {"PYTHONPATH": path, "ASCEND_LAUNCH_BLOCKING": "1", "DVC_STAGE": ""}
+            subprocess.run(words, env={**os.environ, **settings}, check=False)
+
+
+def _entries(device: torch.device) -> list[dict[str, Any]] | None:
+    """Of the passport of this stack; None where there is none."""
+    try:
+        content = json.loads(passport_file(device).read_text(encoding="utf-8"))
+        return content["entries"] if content["stack"] == stack(device) else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def digest(file: Path) -> str:

@@ -50,7 +50,7 @@ def evaluate(
     variant: `base` is shown `params.prompts`, `chat` answers `params.questions`. languages: of the dialogues scored.
     """
     devices.prepare()
-    environment.distrust(devices.default())
+    environment.require_passport(devices.default())
     if run:
         run.tag(**environment.tags(devices.default()))
     net = models.load(folder, made_by="finetune" if variant == "chat" else "pretrain")

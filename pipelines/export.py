@@ -35,6 +35,7 @@ def export(
     clean, chat, reports: what the model card says of data and metrics.
     """
     limit = params.export.max_logit_difference
+    environment.require_passport(torch.device("cpu"))
     run.tag(**environment.tags(torch.device("cpu")))
     net = models.load(tuned, made_by="finetune")
     with stage.replacing(release) as fresh:

@@ -64,12 +64,21 @@ def exits(label: str) -> Iterator[None]:
         yield
         return
     except BaseException as error:
-        found = advice(error)
+        failed, found = error, advice(error)
         restore_outputs()
         if found is None:
             raise
     print(f"{label}: {found[0]}", file=sys.stderr)
+    if _device_failed(failed):
+        sys.stderr.flush()
+        os._exit(found[1])  # a plugin's exit handler would wait for the device, which never answers again
     sys.exit(found[1])
+
+
+def _device_failed(error: BaseException) -> str | None:
+    """What a device said that failed; None where no device was in use or it is not to blame."""
+    devices = sys.modules.get("moe_kernels.device")
+    return devices.failure(error) if devices else None
 
 
 _interrupted = threading.Event()
@@ -91,6 +100,8 @@ def advice(error: BaseException) -> tuple[str, int] | None:
         case _ if _disk_is_full(error):
             where = getattr(error, "filename", None) or Path.cwd()
             return f"the disk is full ({where}); free some space and run again, the previous output is unchanged.", 2
+        case RuntimeError() if reason := _device_failed(error):
+            return f"the device failed: {reason.rstrip('.')}; run again, the previous output is unchanged.", 2
         case PermissionError() if error.filename:
             return f"{error.filename} is not yours to use; correct its permissions and run again.", 2
         case _ if "mlflow.exceptions" in sys.modules and (sentence := tracking.trouble(error)):

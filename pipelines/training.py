@@ -56,7 +56,7 @@ def fit(
     """
     devices.prepare()
     device = devices.default()
-    environment.distrust(device)
+    environment.require_passport(device)
     key = checkpoint_key(params, inputs)
     store = CheckpointStore(root() / ".checkpoints" / stage / key)
     resumed = store.latest_path()
@@ -64,6 +64,8 @@ def fit(
         run.resume(key)
         say(f"{stage:<10} continues from {resumed.name}")
     run.tag(checkpoint_key=key, **environment.tags(device))
+    if (page := environment.passport_page(device)) is not None:
+        run.artifact(page)
     fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
     config = TrainConfig(**fields)
     with progress(stage, config.steps) as advance:
@@ -76,6 +78,10 @@ def fit(
             history = train(net, rows, config, store, device, report)
         except DivergedError as error:
             raise UserError(_advice(stage, error, names)) from None
+        except RuntimeError as error:
+            if (reason := devices.failure(error)) is None:
+                raise
+            raise UserError(_after_failure(stage, reason, device, store)) from error
     _write_curve(curve, [_shown(record, device) for record in history])
     run.when_finished(store.clear)
     return _metrics(net.config, config, history, device) | {"audit": _audit(run)}
@@ -129,6 +135,14 @@ def _advice(stage: str, error: DivergedError, names: Sequence[str]) -> str:
         f"the loss of step {error.step} is not finite (documents of the batch: {documents}); {last}: "
         f"lower `{stage}.learning_rate` or raise `{stage}.warmup_steps` and run again."
     )
+
+
+def _after_failure(stage: str, reason: str, device: torch.device, store: CheckpointStore) -> str:
+    """Sentence for a person whose device failed: what it said, and where the training will go on."""
+    path = store.latest_path()
+    start = f"continues from {path.name}" if path else "starts at the first step"
+    help_ = f"; lower `{stage}.micro_batch_tokens` if memory is short" if "memory" in reason else ""
+    return f"{devices.name(device)} failed: {reason.rstrip('.')}; run again, which {start}{help_}."
 
 
 def _write_curve(path: Path, history: list[Record]) -> None:

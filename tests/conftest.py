@@ -190,6 +190,12 @@ def project(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Pr
     return reproduced.copy(tmp_path_factory.mktemp("project") / "mon é")
 
 
+@pytest.fixture(scope="session")
+def create_project() -> Callable[[Path], Project]:
+    """Makes a project in a folder, with nothing run yet."""
+    return Project.create
+
+
 @pytest.fixture
 def fresh_project(tmp_path: Path) -> Project:
     return Project.create(tmp_path)

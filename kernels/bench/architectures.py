@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from measure import now
 from moe_kernels import device as devices
 from rich.console import Console
 from rich.progress import Progress
@@ -56,10 +56,10 @@ class Contender:
         """One optimiser step."""
         count = self.config.batch_tokens // self.config.sequence_length
         data = batch(rows, len(self.curve) * count, count)
-        start = _now(device)
+        start = now(device)
         part = min(int(self.seconds / budget * PARTS), PARTS - 1)
         record = take_step(self.net, self.optimizer, data, part, self.config, device)
-        self.seconds += _now(device) - start
+        self.seconds += now(device) - start
         tokens = (len(self.curve) + 1) * self.config.batch_tokens
         self.curve.append({"seconds": self.seconds, "tokens": tokens} | record)
 
@@ -105,13 +105,6 @@ def _contenders(arguments: argparse.Namespace, device: torch.device) -> list[Con
     return made
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
 def _summary(contender: Contender, heldout_bytes: int, device: torch.device) -> dict[str, Any]:
     encoder, table = load_encoder(TOKENS), heldout(CLEAN, heldout_bytes)
     ids = [np.array([BOS, *tokens]) for tokens in encoder.encode_ordinary_batch(table["text"].tolist())]
@@ -147,9 +140,7 @@ def _write(contenders: list[Contender], found: list[dict[str, Any]], arguments: 
 
 def _draw(curves: pd.DataFrame) -> Figure:
     """Loss over time, and over tokens."""
-    with mpl.rc_context(
-        {"svg.hashsalt": "shovel", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 3))
         for axes, column, label in zip(
             figure.subplots(1, 2, sharey=True), ("seconds", "tokens"), ("CPU seconds", "tokens"), strict=True

@@ -3,22 +3,19 @@
     python kernels/bench/operations.py --tokens 4096 --rounds 7 --output operations.json
 
 Shapes are those of the preset `demo`, in float32 and, where autocast would have it so, bfloat16. Both sides compute the
-same inputs in one process, in turn; times are medians of forward and backward together, measured as in step.py.
+same inputs in one process, in turn; times are medians of forward and backward together.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import moe_kernels
 import torch
-from moe_kernels import device as devices
-from step import clock
+from measure import Row, Settings, in_turn, main, ratio
 from torch import Tensor
 
 from model import ModelConfig
@@ -27,26 +24,18 @@ LENGTH = 512
 Inputs = list[Any]
 
 
-def main() -> None:
-    """Time all operations, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description="Time of each operation.")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("operations.json"))
-    arguments = parser.parse_args()
-    devices.prepare()
-    torch.set_num_threads(arguments.threads)
-    device = devices.default()
+def measure(settings: Settings, arguments: argparse.Namespace) -> list[Row]:
+    """One row an operation and dtype: how many times faster than the reference."""
     rows = []
-    for name, dtype, inputs in cases(arguments.tokens, device):
-        times_ms = compare(getattr(moe_kernels, name), inputs, arguments.rounds, device)
-        row = {"operation": name, "dtype": str(dtype).removeprefix("torch."), "ms": times_ms}
-        rows.append(row | {"reference_over_kernels": round(times_ms["reference"] / times_ms["kernels"], 2)})
-        figures = " ".join(f"{side} {taken:8.2f} ms" for side, taken in times_ms.items())
-        print(f"{name:<28} {row['dtype']:<9} {figures}   ratio {rows[-1]['reference_over_kernels']:.2f}")
-    header = {"device": devices.name(device), "torch": torch.__version__, "tokens": arguments.tokens}
-    arguments.output.write_text(json.dumps(header | {"cases": rows}, indent=2) + "\n")
+    for name, dtype, inputs in cases(arguments.tokens, settings.device):
+        call = getattr(moe_kernels, name)
+        sides = {"kernels": lambda: run(call, inputs), "reference": lambda: referenced(call, inputs)}  # noqa: B023
+        times = in_turn(sides, settings.rounds, settings.device)
+        value, spread = ratio(times["reference"], times["kernels"])
+        texts = [f"{1e3 * median(seconds):.2f} ms" for seconds in times.values()]
+        what = f"{name}, {str(dtype).removeprefix('torch.')}"
+        rows.append(Row(what, what, 1.0, value, unit="x", spread=spread, ours=texts[0], peer=texts[1]))
+    return rows
 
 
 def cases(tokens: int, device: torch.device) -> list[tuple[str, torch.dtype, Inputs]]:
@@ -98,31 +87,24 @@ def attention(c: ModelConfig, rows: int, q_BSHD: Tensor, generator: torch.Genera
     return [q_BSHD, kv.to(q_BSHD.dtype), packed.to(q_BSHD.dtype), torch.zeros(q_BSHD.shape[2]), near[None], visible]
 
 
-def compare(call: Callable[..., Any], inputs: Inputs, rounds: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of both sides, taken in turn; the first round does not count."""
-    taken: dict[str, list[float]] = {"kernels": [], "reference": []}
-    for _ in range(rounds + 1):
-        taken["kernels"].append(seconds(call, inputs, device))
-        with moe_kernels.reference_only():
-            taken["reference"].append(seconds(call, inputs, device))
-    return {side: round(1e3 * median(values[1:]), 3) for side, values in taken.items()}
+def referenced(call: Callable[..., Any], inputs: Inputs) -> None:
+    """`run` by the reference."""
+    with moe_kernels.reference_only():
+        run(call, inputs)
 
 
-def seconds(call: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:
-    """Of one forward pass and, where there is a gradient, the backward pass."""
+def run(call: Callable[..., Any], inputs: Inputs) -> None:
+    """One forward pass and, where there is a gradient, the backward pass."""
     leaves = [v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim else v for v in inputs]
-    start = clock(device)
     results = call(*leaves)
     results = results if isinstance(results, tuple) else (results,)
     smooth = [result for result in results if result.requires_grad]
     if smooth:
         torch.autograd.backward(smooth, [torch.ones_like(result) for result in smooth])
-    taken = clock(device) - start
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             leaf.grad = None
-    return taken
 
 
 if __name__ == "__main__":
-    main()
+    main("Time of each operation.", measure, ("--tokens", {"type": int, "default": 4096}))

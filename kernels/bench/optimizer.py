@@ -1,71 +1,79 @@
-"""What an optimiser step costs: our batched Muon, torch.optim.Muon matrix by matrix, fused AdamW.
+"""What Muon costs: its share of a step of 16,384 tokens, and our batched one against torch.optim.Muon and fused AdamW.
 
     python kernels/bench/optimizer.py --rounds 3 --output optimizer.json
 
-All three update the same weights in one process, in turn, both Muons with ten Newton-Schulz steps in bfloat16 where the
-device has it. Times are medians: CPU time of all threads on a CPU, where other jobs do not count, wall time elsewhere.
+The share is of V3 under bfloat16 autocast, eight parts of 2,048 tokens and one update. In the comparison all update the
+same weights, both Muons with ten Newton-Schulz steps in bfloat16 where the device has it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from moe_kernels import device as devices
+from measure import Row, Settings, in_turn, main
 from moe_kernels.reference.newton_schulz import COEFFICIENTS
+from shapes import LENGTH, V3, tokens
 from torch import nn
 
-from model.optim import Muon
+from model import build
+from model.losses import cross_entropy
+from model.optim import Muon, muon
+from model.precision import autocast
 
+TARGET, STEP_TOKENS, PART_ROWS = 0.12, 16384, 4
 Weights = list[tuple[nn.Parameter, int]]  # and the matrices that lie one below the other in its rows
+LAYER = {
+    "experts": [((64, 256, 256), 2), ((64, 256, 128), 1)],
+    "projections": [((256, 256), 1), ((256, 256), 1), ((768, 256), 1)],
+}
 
 
-def main() -> None:
-    """Run both cases, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description="Time of one optimiser step.")
-    parser.add_argument("--layers", type=int, default=16, help="each of 64 experts, and each of three projections")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("optimizer.json"))
-    arguments = parser.parse_args()
-    devices.prepare()
-    device = devices.default()
-    shapes = {
-        "experts": [((64, 256, 256), 2), ((64, 256, 128), 1)],
-        "projections": [((256, 256), 1), ((256, 256), 1), ((768, 256), 1)],
-    }
-    rows = []
-    for name, layer in shapes.items():
-        weights = [(_weight(shape, device), parts) for shape, parts in layer * arguments.layers]
-        rows.append({"case": name} | _compare(weights, arguments.rounds, device))
-    _print(rows)
-    header = {"device": devices.name(device), "torch": torch.__version__, "rounds": arguments.rounds}
-    arguments.output.write_text(json.dumps(header | {"cases": rows}, indent=2) + "\n")
+def measure(settings: Settings, arguments: argparse.Namespace) -> list[Row]:
+    """One row; the comparison is in its figures."""
+    net = build(V3, seed=0).to(settings.device).train()
+    optimizer = muon(net, 1e-4, 0.1)
+    ids, targets = tokens(V3, PART_ROWS, settings.device)
+
+    def part() -> None:
+        with autocast("bfloat16", settings.device):
+            hidden = net(ids, with_logits=False).hidden
+            loss = cross_entropy(hidden.flatten(0, 1), net.lm_head.weight, targets.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    times = in_turn({"part": part, "update": optimizer.step}, settings.rounds, settings.device)
+    parts = STEP_TOKENS // (PART_ROWS * LENGTH)
+    shares = [u / (u + parts * p) for u, p in zip(times["update"], times["part"], strict=True)]
+    row = Row("muon", "Muon's share of a V3 step of 16,384 tokens, bfloat16", TARGET, median(shares), at_least=False)
+    row.unit, row.spread = "%", (min(shares), max(shares))
+    row.ours = f"{median(times['update']):.2f} s an update"
+    row.figures = {name: _compare(layer * arguments.layers, settings) for name, layer in LAYER.items()}
+    row.peer = f"torch.optim.Muon {row.figures['projections']['torch_muon_over_ours']:.1f} x, projections alone"
+    return [row]
 
 
-def _weight(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
-    weight = nn.Parameter(torch.randn(shape, device=device))
-    weight.grad = torch.randn_like(weight)
-    return weight
-
-
-def _compare(weights: Weights, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of each contender, stepped in turn; the first round does not count."""
+def _compare(layer: list[tuple[tuple[int, ...], int]], settings: Settings) -> dict[str, Any]:
+    """Milliseconds of each contender, stepped in turn, and their ratio to ours."""
+    weights = [(_weight(shape, settings.device), parts) for shape, parts in layer]
     parameters = [weight for weight, _ in weights]
     contenders = {
         "ours": _ours(weights),
         "torch_muon": torch.optim.Muon(_matrices(weights), lr=1e-4, ns_steps=len(COEFFICIENTS)),
         "fused_adamw": torch.optim.AdamW(parameters, lr=1e-4, fused=True),
     }
-    rounds_s = [{key: _seconds(c.step, device) for key, c in contenders.items()} for _ in range(rounds + 1)][1:]
-    times_ms = {key: round(1e3 * median(taken[key] for taken in rounds_s), 2) for key in contenders}
-    ratios = {f"{key}_over_ours": round(times_ms[key] / times_ms["ours"], 3) for key in list(times_ms)[1:]}
-    return {"parameters": sum(p.numel() for p in parameters), "ms": times_ms, "ratio": ratios}
+    times = in_turn({name: one.step for name, one in contenders.items()}, settings.rounds, settings.device)
+    times_ms = {name: round(1e3 * median(taken), 2) for name, taken in times.items()}
+    ratios = {f"{name}_over_ours": round(times_ms[name] / times_ms["ours"], 3) for name in list(times_ms)[1:]}
+    return {"parameters": sum(p.numel() for p in parameters), "ms": times_ms} | ratios
+
+
+def _weight(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
+    weight = nn.Parameter(torch.randn(shape, device=device))
+    weight.grad = torch.randn_like(weight)
+    return weight
 
 
 def _ours(weights: Weights) -> Muon:
@@ -87,21 +95,5 @@ def _matrices(weights: Weights) -> list[nn.Parameter]:
     return matrices
 
 
-def _seconds(step: Callable[[], Any], device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    start = clock()
-    step()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return clock() - start
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    columns = list(rows[0]["ms"])
-    print(f"{'case':<12} {'parameters':>12} " + " ".join(f"{column + ' ms':>16}" for column in columns))
-    for row in rows:
-        print(f"{row['case']:<12} {row['parameters']:>12,} " + " ".join(f"{row['ms'][c]:>16,.1f}" for c in columns))
-
-
 if __name__ == "__main__":
-    main()
+    main("Muon.", measure, ("--layers", {"type": int, "default": 2, "help": "of the comparison"}))

@@ -1,117 +1,174 @@
-"""What a training step costs with the kernels of this device and with the reference alone.
+"""A training step of ours against transformers, torchtitan and a dense model: forward, backward, AdamW.
 
-    python kernels/bench/step.py --preset demo --rounds 5 --output step.json
+    python kernels/bench/step.py --family v3 --precision bfloat16 --hidden-size 256 --rounds 5 --output step.json
 
-Both train the same weights on the same packed documents in one process, in turn, in float32 and under bfloat16
-autocast. Times are medians: CPU time of all threads on a CPU, where other jobs do not count, wall time elsewhere. The
-loss after the same number of steps stands beside them.
+All train the same weights on the same rows in one process, in turn, and must have the same loss before every step.
+Peers: transformers with grouped_mm as it is shipped; tuned (flash attention, fused AdamW; the same compiled);
+torchtitan with fused AdamW; our own model with the reference in place of kernels. `dense` is ours with a feed-forward
+of as many active parameters in place of the experts, the limit that experts can reach at no overhead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import peers
 import torch
-from moe_kernels import chosen, reference_only
-from moe_kernels import device as devices
-from torch import Tensor
+from measure import Row, Settings, Times, best_matmul, fastest, in_turn, main, ratio, require_equal
+from moe_kernels import reference_only
+from shapes import LENGTH, dense, shape, tokens, training_flops
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model import ModelConfig, build
-from model.losses import losses_of
+from model.losses import cross_entropy
 from model.optim import adamw
 from model.precision import autocast
 
-DOCUMENT = 250  # tokens of a document, on average
+RATE = 1e-4  # small: losses that differ by rounding alone stay together
+OPTIMIZER = {"betas": (0.9, 0.95), "eps": 1e-20, "weight_decay": 0.0}
+OURS, SHIPPED, DENSE = "ours", "transformers", "dense"
+TUNED, COMPILED, TITAN = "transformers tuned", "transformers tuned, compiled", "torchtitan"
+TARGETS = {  # family, precision -> against transformers as shipped, the best tuned peer, dense
+    ("v3", "float32"): (2.0, 1.25, 0.97),
+    ("v3", "bfloat16"): (3.5, 1.6, 0.9),
+    ("v4", "float32"): (3.0, None, 0.95),
+    ("v4", "bfloat16"): (4.0, None, 0.95),
+}
+SHARE_OF_MATMUL = 0.25
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}  # relative, of the loss
+BF16_EXPERTS = {TITAN: 1e-2}  # torchtitan's experts are bfloat16 always
 
 
-def main() -> None:
-    """Time both precisions, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description="Time of one training step.")
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("step.json"))
-    arguments = parser.parse_args()
-    devices.prepare()
-    torch.set_num_threads(arguments.threads)
-    device = devices.default()
-    data = packed(ModelConfig.preset(arguments.preset), arguments.rows, arguments.length, device)
-    rows = []
-    for precision in ("float32", "bfloat16"):
-        rows.append({"precision": precision} | compare(arguments.preset, precision, data, arguments.rounds, device))
-        print(row_text(rows[-1]))
-    header = {"device": devices.name(device), "torch": torch.__version__, "preset": arguments.preset}
-    header |= {"tokens": data[0].numel(), "rounds": arguments.rounds, "operations": chosen(device)}
-    arguments.output.write_text(json.dumps(header | {"cases": rows}, indent=2) + "\n")
+@dataclass(frozen=True)
+class Contender:
+    """A model, how its loss comes about, and the optimiser that is part of its step."""
+
+    net: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def step(self, data: tuple[Tensor, Tensor], precision: str) -> float:
+        """One step; the loss before it, nats a token."""
+        with self.context():
+            with autocast(precision, data[0].device):
+                loss = self.loss(*data)
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
 
-def packed(config: ModelConfig, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(input ids, targets, document ids), each [rows, length], random from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (rows, length + 1), generator=generator)
-    documents = (torch.rand(rows, length, generator=generator) < 1 / DOCUMENT).cumsum(dim=1)
-    return ids[:, :-1].to(device), ids[:, 1:].to(device), documents.to(device)
+def ours(net: nn.Module, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Contender:
+    """Our model in training, without a multi-token-prediction block, which the peers lack."""
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        out = net(ids, with_logits=False)
+        return cross_entropy(out.hidden.flatten(0, 1), net.lm_head.weight, targets.flatten())
+
+    return Contender(net, loss, adamw(net, RATE, 0.0), context)
 
 
-def compare(
-    preset: str, precision: str, data: tuple[Tensor, Tensor, Tensor], rounds: int, device: torch.device
-) -> dict[str, Any]:
-    """Seconds of both contenders' steps, taken in turn; the first round does not count."""
-    contenders = {"kernels": nullcontext, "reference": reference_only}
-    nets = {name: build(ModelConfig.preset(preset), seed=0).to(device).train() for name in contenders}
-    optimizers = {name: adamw(net, 1e-3, 0.1) for name, net in nets.items()}
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    losses = {}
-    for _ in range(rounds + 1):
-        for name, context in contenders.items():
-            start = clock(device)
-            losses[name] = step(nets[name], optimizers[name], data, precision, context(), device)
-            taken[name].append(clock(device) - start)
-    times_s = {name: median(values[1:]) for name, values in taken.items()}
-    speeds = {f"{name}_tokens_per_s": data[0].numel() / value for name, value in times_s.items()}
-    gain = median(r / k for r, k in zip(taken["reference"][1:], taken["kernels"][1:], strict=True))
-    return {"seconds": times_s, **speeds, "reference_over_kernels": gain, "loss": losses}
+def peer(net: nn.Module, call: Callable[[Tensor], Tensor], fused: bool | None = None) -> Contender:
+    """A peer's model; fused None: AdamW as PyTorch chooses."""
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(call(ids).flatten(0, 1).float(), targets.flatten())
+
+    return Contender(net, loss, torch.optim.AdamW(net.parameters(), RATE, fused=fused, **OPTIMIZER))
 
 
-def step(
-    net: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: tuple[Tensor, Tensor, Tensor],
-    precision: str,
-    context: AbstractContextManager[Any],
-    device: torch.device,
-) -> float:
-    """One optimiser step; the loss of the next token before it."""
-    with context:
-        with autocast(precision, device):
-            losses, _ = losses_of(net, *data, sparse=True)
-        torch.stack(list(losses.values())).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return losses["loss"].item()
+def transformers_peer(net: nn.Module, fused: bool | None = None, compiled: bool = False) -> Contender:
+    forward = torch.compile(net) if compiled else net
+    return peer(net, lambda ids: forward(ids, use_cache=False).logits, fused)
 
 
-def clock(device: torch.device) -> float:
-    """CPU time of this process on a CPU, else wall time once the device has done its work."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter()
+def contenders(config: ModelConfig, settings: Settings, wide: bool) -> dict[str, Contender]:
+    """Who takes part; all but `dense` start from the weights of ours."""
+    net = build(config, seed=0).to(settings.device).train()
+    found = {OURS: ours(net), SHIPPED: transformers_peer(peers.transformers_model(net))}
+    if not wide:
+        found[DENSE] = ours(dense(config).to(settings.device).train())
+    if config.is_v4 or wide:
+        return found
+    found[TUNED] = transformers_peer(peers.transformers_model(net, flash=True), fused=True)
+    if not settings.quick:
+        found[COMPILED] = transformers_peer(peers.transformers_model(net, flash=True), fused=True, compiled=True)
+        reference = build(config, seed=0).to(settings.device).train()
+        found["ours, reference"] = ours(reference, reference_only)
+    if not settings.quick and peers.has_torchtitan():
+        titan = peers.torchtitan_model(net)
+        found[TITAN] = peer(titan, titan, fused=True)
+    return found
 
 
-def row_text(row: dict[str, Any]) -> str:
-    speeds = " ".join(f"{name} {row[f'{name}_tokens_per_s']:>8,.0f} tokens/s" for name in ("kernels", "reference"))
-    losses = " ".join(f"{value:.6f}" for value in row["loss"].values())
-    return f"{row['precision']:<9} {speeds}   ratio {row['reference_over_kernels']:.2f}   losses {losses}"
+def measure(settings: Settings, arguments: argparse.Namespace) -> list[Row]:
+    """The rows of one family, precision and width."""
+    family, precision, size = arguments.family, arguments.precision, arguments.hidden_size
+    config, rows = shape(family, size), 1 if settings.quick else 4
+    data = tokens(config, rows, settings.device)
+    taking_part = contenders(config, settings, wide=size > 256)
+    tolerances = {name: TOLERANCES[precision] for name in taking_part if name != DENSE} | {
+        name: value for name, value in BF16_EXPERTS.items() if name in taking_part
+    }
+    times = in_turn(
+        {name: lambda c=contender: c.step(data, precision) for name, contender in taking_part.items()},
+        settings.rounds,
+        settings.device,
+        check=lambda losses: require_equal("the loss", losses, SHIPPED, tolerances),
+    )
+    name = f"{family.upper()} step, {precision}" + (f", hidden {size}" if size > 256 else "")
+    key = f"{family}-{precision}-{size}"
+    targets = TARGETS[family, precision]
+    found = [_row(f"{key}-shipped", f"{name}: over transformers as shipped", targets[0], times, SHIPPED, rows)]
+    tuned = [peer_name for peer_name in (TUNED, COMPILED, TITAN) if peer_name in times]
+    if tuned:
+        best = fastest(times, tuned)
+        found.append(_row(f"{key}-tuned", f"{name}: over the best tuned peer ({best})", targets[1], times, best, rows))
+    if DENSE in times:
+        what = "a dense model of equal active parameters"
+        found.append(_row(f"{key}-dense", f"{name}: over {what}", targets[2], times, DENSE, rows))
+    if size > 256 and precision == "bfloat16":
+        found.append(_share(f"{key}-matmul", name, config, rows, times, settings.device))
+    return found
+
+
+def _row(key: str, what: str, target: float, times: Times, other: str, rows: int) -> Row:
+    value, spread = ratio(times[other], times[OURS])
+    speeds = {name: round(rows * LENGTH / median(seconds)) for name, seconds in times.items()}
+    texts = [f"{speeds[name]:,} tokens/s" for name in (OURS, other)]
+    figures = {"tokens_per_s": speeds, "seconds": {name: median(seconds) for name, seconds in times.items()}}
+    return Row(key, what, target, value, unit="x", spread=spread, ours=texts[0], peer=texts[1], figures=figures)
+
+
+def _share(key: str, name: str, config: ModelConfig, rows: int, times: Times, device: torch.device) -> Row:
+    """Operations of the step a second over those of the best bfloat16 product."""
+    peak, flops = best_matmul(torch.bfloat16, device), training_flops(config, rows)
+    shares = [flops / seconds / peak for seconds in times[OURS]]
+    return Row(
+        key,
+        f"{name}: share of the best bfloat16 matrix product",
+        SHARE_OF_MATMUL,
+        median(shares),
+        unit="%",
+        spread=(min(shares), max(shares)),
+        ours=f"{flops / median(times[OURS]) / 1e9:,.0f} GFLOP/s",
+        peer=f"{flops / median(times[SHIPPED]) / 1e9:,.0f} GFLOP/s",
+        figures={"matmul_gflops": peak / 1e9},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        "Time of one training step.",
+        measure,
+        ("--family", {"choices": ["v3", "v4"], "default": "v3"}),
+        ("--precision", {"choices": ["float32", "bfloat16"], "default": "float32"}),
+        ("--hidden-size", {"type": int, "choices": [256, 512], "default": 256}),
+    )

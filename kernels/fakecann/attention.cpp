@@ -1,4 +1,5 @@
-// Fused attention: softmax(scale * q k^T, masked) v, and its backward pass, which computes the softmax again in fp32.
+// Fused attention: softmax(scale * q k^T, masked) v, and its backward pass, which computes the softmax again in fp32. A
+// sink, one number a head, takes part in the softmax and has no value.
 //
 // B batch, S queries, T keys, N heads, D channels, H = N * D. Layouts: BSND, BNSD, BSH, SBH, and TND, in which
 // sequences of different length lie one after the other and actual_seq_* hold their running ends.
@@ -7,12 +8,13 @@
 using namespace fakecann;
 
 static constexpr int64_t LARGEST_HEAD = 768, MOST_HEADS = 256, COMPRESSED_MASK = 2048;
+static constexpr size_t MOST_SEQUENCES = 2048;
 static const std::vector<std::string> LAYOUTS = {"BSND", "BNSD", "BSH", "SBH", "TND"};
 
 namespace {
 
 struct Arguments {
-  const Tensor *query, *key, *value, *mask;
+  const Tensor *query, *key, *value, *mask, *sink;
   const Integers *query_ends, *key_ends;
   double scale;
   int64_t heads, sparse_mode;
@@ -39,6 +41,8 @@ struct Arguments {
 
 void check_ends(const char* what, const Integers* ends, int64_t length) {
   TORCH_CHECK(ends && !ends->values.empty(), "layout TND needs ", what);
+  TORCH_CHECK(ends->values.size() <= MOST_SEQUENCES, what, " has ", ends->values.size(),
+              " sequences; the operator takes ", MOST_SEQUENCES);
   TORCH_CHECK(std::is_sorted(ends->values.begin(), ends->values.end()) && ends->values.back() == length, what,
               " must be running ends that reach ", length, "; given ", at::IntArrayRef(ends->values));
 }
@@ -65,7 +69,11 @@ void check(const Arguments& given) {
   TORCH_CHECK(!compressed || (given.mask && given.mask->view.size(-1) == COMPRESSED_MASK &&
                               given.mask->view.size(-2) == COMPRESSED_MASK),
               "sparse_mode ", given.sparse_mode, " needs an atten_mask of 2048 by 2048");
+  require_type("sink", given.sink, {at::kFloat});
+  TORCH_CHECK(!given.sink || given.sink->view.sizes() == at::IntArrayRef{given.heads}, "the sink is ",
+              given.sink ? given.sink->view.sizes() : at::IntArrayRef(), " for ", given.heads, " heads");
   if (given.varied()) {
+    TORCH_CHECK(!given.sink, "a sink in layout TND is not emulated");
     check_ends("actual_seq_qlen", given.query_ends, given.query->view.size(0));
     check_ends("actual_seq_kvlen", given.key_ends, given.key->view.size(0));
   }
@@ -96,9 +104,11 @@ at::Tensor hidden(const Arguments& given, int64_t queries, int64_t keys) {
   return result;
 }
 
+at::Tensor sinks(const Arguments& given) { return as_float(given.sink).reshape({1, -1, 1, 1}); }
+
 struct Scores {
-  at::Tensor query, key, value, probabilities;
-  int64_t group;  // query heads that share one key head
+  at::Tensor query, key, value, top, total, probabilities;  // top, total: of the softmax, [B, N, S, 1]
+  int64_t group;                                            // query heads that share one key head
 };
 
 Scores scores(const Arguments& given) {
@@ -106,35 +116,52 @@ Scores scores(const Arguments& given) {
   int64_t key_heads = given.flat() ? (*given.key)->size(2) / given.width() : 0;
   int64_t value_width = given.flat() ? (*given.value)->size(2) / key_heads : (*given.value)->size(-1);
   Scores result{
-      wide(given.query, given.width()), wide(given.key, given.width()), wide(given.value, value_width), {}, 1};
+      wide(given.query, given.width()), wide(given.key, given.width()), wide(given.value, value_width), {}, {}, {}, 1};
   TORCH_CHECK(result.query.size(1) == given.heads && given.heads % result.key.size(1) == 0, "head_num is ", given.heads,
               "; query has ", result.query.size(1), " heads, key ", result.key.size(1));
   result.group = given.heads / result.key.size(1);
   result.key = result.key.repeat_interleave(result.group, 1);
   result.value = result.value.repeat_interleave(result.group, 1);
   auto logits = at::matmul(result.query, result.key.transpose(-1, -2)) * given.scale;
-  auto mask = hidden(given, logits.size(2), logits.size(3));
-  result.probabilities = at::softmax(logits.masked_fill(mask, -1e30), -1);
+  logits.masked_fill_(hidden(given, logits.size(2), logits.size(3)), -1e30);
+  result.top = logits.amax(-1, true);
+  if (given.sink) result.top = at::maximum(result.top, sinks(given));
+  auto weights = logits.sub_(result.top).exp_();
+  result.total = weights.sum(-1, true);
+  if (given.sink) result.total += (sinks(given) - result.top).exp();
+  result.probabilities = weights.div_(result.total);
   return result;
 }
 
-void forward(const Arguments& given, const Tensor* out) {
+// What the backward pass of the real operator needs: [B, N, S, 8] or, for layout TND, [T, N, 8], each number 8 times.
+void store_statistics(const Arguments& given, const at::Tensor& statistic, const Tensor* out) {
+  auto wide = statistic.expand({-1, -1, -1, 8});
+  store(out, given.varied() ? wide.squeeze(0).transpose(0, 1) : wide);
+}
+
+void forward(const Arguments& given, const Tensor* top, const Tensor* total, const Tensor* out) {
   auto found = scores(given);
+  store_statistics(given, found.top, top);
+  store_statistics(given, found.total, total);
   store(out, given.from_bnsd(at::matmul(found.probabilities, found.value)));
 }
 
-void backward(const Arguments& given, const Tensor* grad, const Tensor* dq, const Tensor* dk, const Tensor* dv) {
+void backward(const Arguments& given, const Tensor* grad, const Tensor* dq, const Tensor* dk, const Tensor* dv,
+              const Tensor* d_sink) {
   auto found = scores(given);
   auto wide = given.to_bnsd(as_float(grad), found.value.size(3));
   auto d_probabilities = at::matmul(wide, found.value.transpose(-1, -2));
   auto inner = (d_probabilities * found.probabilities).sum(-1, true);
-  auto d_logits = found.probabilities * (d_probabilities - inner) * given.scale;
   auto shared = [&](const at::Tensor& x) {  // the gradients of the query heads that share a key head add up
     return x.reshape({x.size(0), -1, found.group, x.size(2), x.size(3)}).sum(2);
   };
+  store(dv, given.from_bnsd(shared(at::matmul(found.probabilities.transpose(-1, -2), wide))));
+  auto d_logits = d_probabilities.sub_(inner).mul_(found.probabilities).mul_(given.scale);
   store(dq, given.from_bnsd(at::matmul(d_logits, found.key)));
   store(dk, given.from_bnsd(shared(at::matmul(d_logits.transpose(-1, -2), found.query))));
-  store(dv, given.from_bnsd(shared(at::matmul(found.probabilities.transpose(-1, -2), wide))));
+  if (!given.sink) return;
+  auto share = (sinks(given) - found.top).exp() / found.total;
+  store(d_sink, -(share * inner).sum({0, 2, 3}));
 }
 
 void check_plain(const Tensor* shift, const Tensor* drop, const Tensor* padding, double keep) {
@@ -143,30 +170,40 @@ void check_plain(const Tensor* shift, const Tensor* drop, const Tensor* padding,
 
 }  // namespace
 
-// The layout is a string of the caller that does not outlive the first phase, so it is copied into the arguments.
-#define ATTENTION(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                             \
-  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                     \
-      Tensor* query, Tensor* key, Tensor* value, Tensor* shift, Tensor* drop, Tensor* padding, Tensor* mask,    \
-      Integers*, UNPACK ENDS double scale, double keep, int64_t, int64_t, int64_t heads, char* layout, int64_t, \
-      int64_t sparse_mode, Tensor*, Tensor*, Tensor*, Tensor* out, uint64_t* workspace, Executor** executor) {  \
-    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};          \
-    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                               \
-    return plan("aclnn" #NAME, workspace, executor, checks, [=] { forward(given, out); });                      \
-  }                                                                                                             \
-  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }
-ATTENTION(FlashAttentionScore, (), nullptr, nullptr)
-ATTENTION(FlashAttentionVarLenScore, (Integers * query_ends, Integers* key_ends, ), query_ends, key_ends)
-
-#define ATTENTION_GRAD(NAME, ENDS, QUERY_ENDS, KEY_ENDS)                                                               \
-  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                            \
-      Tensor* query, Tensor* key, Tensor* value, Tensor* grad, Tensor* shift, Tensor* drop, Tensor* padding,           \
-      Tensor* mask, Tensor*, Tensor*, Tensor*, Tensor*, Integers*, UNPACK ENDS double scale, double keep, int64_t,     \
-      int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode, Tensor* dq, Tensor* dk, Tensor* dv, Tensor*, \
-      uint64_t* workspace, Executor** executor) {                                                                      \
-    Arguments given{query, key, value, mask, QUERY_ENDS, KEY_ENDS, scale, heads, sparse_mode, layout};                 \
-    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                      \
-    return plan("aclnn" #NAME, workspace, executor, checks, [=] { backward(given, grad, dq, dk, dv); });               \
-  }                                                                                                                    \
-  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }
-ATTENTION_GRAD(FlashAttentionScoreGrad, (), nullptr, nullptr)
-ATTENTION_GRAD(FlashAttentionUnpaddingScoreGrad, (Integers * query_ends, Integers* key_ends, ), query_ends, key_ends)
+// The layout is a string of the caller that does not outlive the first phase, so it is copied into the arguments. SINK
+// and ENDS are the parameters that some of the operators have between the others, STARTS and KIND those of ScoreV3 alone.
+#define ATTENTION(NAME, SINK, ENDS, STARTS, KIND, ...)                                                                \
+  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
+      Tensor* query, Tensor* key, Tensor* value, Tensor* shift, Tensor* drop, Tensor* padding, Tensor* mask,          \
+      UNPACK SINK Integers*, UNPACK ENDS UNPACK STARTS double scale, double keep, int64_t, int64_t, int64_t heads,    \
+      char* layout, int64_t, int64_t sparse_mode, UNPACK KIND Tensor* top, Tensor* total, Tensor*, Tensor* out,       \
+      uint64_t* workspace, Executor** executor) {                                                                     \
+    Arguments given{query, key, value, mask, __VA_ARGS__, scale, heads, sparse_mode, layout};                         \
+    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
+    return plan("aclnn" #NAME, workspace, executor, checks, [=] { forward(given, top, total, out); });                \
+  }                                                                                                                   \
+  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }                        \
+  static_assert(true)
+#define ATTENTION_GRAD(NAME, SINK, ENDS, STARTS, KIND, D_SINK, D_SINK_OUT, ...)                                       \
+  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
+      Tensor* query, Tensor* key, Tensor* value, Tensor* grad, Tensor* shift, Tensor* drop, Tensor* padding,          \
+      Tensor* mask, Tensor*, Tensor*, Tensor*, Tensor*, UNPACK SINK Integers*, UNPACK ENDS UNPACK STARTS double scale, \
+      double keep, int64_t, int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode,                       \
+      UNPACK KIND Tensor* dq, Tensor* dk, Tensor* dv, Tensor*, UNPACK D_SINK uint64_t* workspace,                     \
+      Executor** executor) {                                                                                          \
+    Arguments given{query, key, value, mask, __VA_ARGS__, scale, heads, sparse_mode, layout};                         \
+    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
+    return plan("aclnn" #NAME, workspace, executor, checks, [=] { backward(given, grad, dq, dk, dv, D_SINK_OUT); });  \
+  }                                                                                                                   \
+  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }                        \
+  static_assert(true)
+#define BOTH_ENDS (Integers * query_ends, Integers* key_ends, )
+#define A_SINK (Tensor * sink, )
+#define BOTH_STARTS (Integers*, Integers*, )
+ATTENTION(FlashAttentionScore, (), (), (), (), nullptr, nullptr, nullptr);
+ATTENTION(FlashAttentionScoreV3, A_SINK, (), BOTH_STARTS, (int64_t, ), sink, nullptr, nullptr);
+ATTENTION(FlashAttentionVarLenScore, (), BOTH_ENDS, (), (), nullptr, query_ends, key_ends);
+ATTENTION_GRAD(FlashAttentionScoreGrad, (), (), (), (), (), nullptr, nullptr, nullptr, nullptr);
+ATTENTION_GRAD(FlashAttentionScoreGradV3, A_SINK, (), BOTH_STARTS, (int64_t, ), (Tensor * d_sink, ), d_sink, sink,
+               nullptr, nullptr);
+ATTENTION_GRAD(FlashAttentionUnpaddingScoreGrad, (), BOTH_ENDS, (), (), (), nullptr, nullptr, query_ends, key_ends);

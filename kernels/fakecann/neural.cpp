@@ -167,3 +167,53 @@ CHECKED_OPERATOR(
         store(d_sine, at::sum_to(**grad * turned(**x, mode, false), (*d_sine)->sizes()));
       }
     })
+
+// Sinkhorn-Knopp on T matrices of n by n: a softmax of the rows, then columns, and rows and columns in turn. For the
+// backward pass it keeps the matrix of each step and what the step divided by, n of 8 places used; step 0 is the softmax.
+static void check_sinkhorn(const Tensor* x, int64_t iterations) {
+  require_type("x", x, {at::kFloat});
+  int64_t n = x->view.size(-1);
+  TORCH_CHECK((n == 4 || n == 6 || n == 8) && x->view.size(-2) == n && (x->view.dim() == 3 || x->view.dim() == 4),
+              "x is ", x->view.sizes(), "; the operator takes matrices of 4 by 4, 6 by 6 or 8 by 8");
+  TORCH_CHECK(x->view.numel() > 0 && x->view.numel() / (n * n) <= 65536, "x holds ", x->view.numel() / (n * n),
+              " matrices; the operator takes 1 to 65536");
+  TORCH_CHECK(iterations >= 1 && iterations <= 100, iterations, " iterations; the operator takes 1 to 100");
+}
+static std::pair<at::Tensor, at::Tensor> sinkhorn_steps(const Tensor* norm, const Tensor* sum, int64_t n) {
+  int64_t places = (*norm)->numel() / n / 8, count = (*sum)->numel() / 8;
+  TORCH_CHECK(places == count, "norm has ", places, " rows, sum ", count);
+  return {(*norm)->view({count, n, 8}).narrow(2, 0, n), (*sum)->view({count, 8}).narrow(1, 0, n)};
+}
+CHECKED_OPERATOR(
+    MhcSinkhorn, (Tensor * x, float epsilon, int64_t iterations, Tensor* out, Tensor* norm, Tensor* sum),
+    { check_sinkhorn(x, iterations); },
+    {
+      int64_t n = (*x)->size(-1), count = (*x)->numel() / (n * n);
+      auto matrix = at::softmax((*x)->reshape({count, n, n}), 2);
+      bool kept = norm && (*norm)->numel();
+      auto [matrices, totals] = kept ? sinkhorn_steps(norm, sum, n) : std::pair<at::Tensor, at::Tensor>{};
+      if (kept) matrices.narrow(0, 0, count).copy_(matrix);
+      matrix = matrix + epsilon;
+      for (int64_t step = 1; step < 2 * iterations; step++) {
+        auto total = matrix.sum(step % 2 ? 1 : 2, true) + epsilon;
+        matrix = matrix / total;
+        if (kept) matrices.narrow(0, step * count, count).copy_(matrix);
+        if (kept) totals.narrow(0, step * count, count).copy_(total.flatten(1));
+      }
+      store(out, matrix);
+    })
+CHECKED_OPERATOR(
+    MhcSinkhornBackward, (Tensor * grad, Tensor* norm, Tensor* sum, Tensor* out), { check_sinkhorn(grad, 1); },
+    {
+      int64_t n = (*grad)->size(-1), count = (*grad)->numel() / (n * n);
+      auto [matrices, totals] = sinkhorn_steps(norm, sum, n);
+      auto slope = (*grad)->reshape({count, n, n});
+      for (int64_t step = matrices.size(0) / count - 1; step > 0; step--) {
+        int64_t axis = step % 2 ? 1 : 2;
+        auto matrix = matrices.narrow(0, step * count, count);
+        auto total = totals.narrow(0, step * count, count).unsqueeze(axis);
+        slope = (slope - (slope * matrix).sum(axis, true)) / total;
+      }
+      auto first = matrices.narrow(0, 0, count);
+      store(out, first * (slope - (slope * first).sum(2, true)));
+    })

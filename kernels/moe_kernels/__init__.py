@@ -130,7 +130,8 @@ def attention(
 ) -> Tensor:
     """Causal softmax attention, [B, S, H, V]; the queries are the last S of the T tokens. V is at most D.
 
-    document_ids: tokens see each other only where these are equal; None means one document a row.
+    document_ids: tokens see each other inside a run of equal ids, each document in one piece; None means one document
+    a row.
     """
     return implementation("attention", q_BSHD.device.type)(q_BSHD, k_BTHD, v_BTHV, scale, document_ids_BT)
 

@@ -12,8 +12,10 @@ import importlib
 import json
 import os
 import platform
+import re
 import resource
 import time
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -25,6 +27,11 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 COLLECTIVES = {"npu": "hccl", "mlu": "cncl", "musa": "mccl", "sdaa": "tccl", "cuda": "nccl", "cpu": "gloo"}
+FAILURE = re.compile(r"ERR\d{5} .*")  # the line of a torch_npu error that says what failed
+DETERMINISM = {  # device -> what its libraries read from the environment when they start
+    "npu": {"HCCL_DETERMINISTIC": "true"},
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+}
 PLUGINS = {"npu": "torch_npu", "mlu": "torch_mlu", "musa": "torch_musa", "sdaa": "torch_sdaa"}
 
 
@@ -116,6 +123,32 @@ def restore_random_state(device: torch.device, state: dict[str, Tensor]) -> None
         torch.get_device_module(device).set_rng_state(state["device"], device)
 
 
+def failure(error: BaseException | None) -> str | None:
+    """What a device said when it failed or ran out of memory, in one line; None when `error` has another reason."""
+    while error is not None:
+        first = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            return first
+        if isinstance(error, RuntimeError) and (found := FAILURE.search(str(error))):
+            return f"{found[0].rstrip('. ')}: {first}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Equal inputs give equal bits from here on, collectives included; call it before the device's first operator.
+
+    Operators of an accelerator that have a reproducible form take it, at some cost in speed; one that has none says so
+    in a warning. The kernels that a CPU uses here have no other form.
+    """
+    if device.type == "cpu":
+        return
+    for variable, value in DETERMINISM.get(device.type, {}).items():
+        os.environ.setdefault(variable, value)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def threads() -> int:
     """CPU threads that PyTorch uses."""
     return torch.get_num_threads()
@@ -133,9 +166,11 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 def prepare() -> None:
     """Set this process up for training: use the cores it may run on, and keep freed memory for the next step.
 
+    What torch_npu says of its own storage formats at the first tensor is left out.
     On a virtual machine fresh pages cost several times the copy into them; glibc returns large blocks after each use
     unless told otherwise.
     """
+    warnings.filterwarnings("ignore", "Cannot create tensor with internal format")
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     if platform.libc_ver()[0] == "glibc":

@@ -4,7 +4,7 @@ A backend is a folder beside `reference/` with the same file names: `cpu/`, `npu
 compiled code has a file `library`, whose `load()` says whether the code is there. A file of a backend may say in
 `NEEDS` which operators it calls, with the arguments that it passes; when this installation's operator lacks one of
 them, the reference computes instead and a warning says so, once. `reference_only` forces the reference everywhere,
-`withhold` for operations whose numbers were found to be wrong. A compiled graph keeps the choice that was made when it
+`withhold` for operations whose numbers nothing vouches for. A compiled graph keeps the choice that was made when it
 was compiled.
 """
 
@@ -66,7 +66,7 @@ def withhold(operations: Iterable[str], device_type: str) -> None:
     _withheld.update(found)
     if found:
         names = ", ".join(sorted(name for name, _ in found))
-        warnings.warn(f"the reference computes {names} on {device_type}: they did not pass the passport", stacklevel=2)
+        warnings.warn(f"the reference computes {names} on {device_type}: no passport vouches for them", stacklevel=2)
 
 
 @contextmanager

@@ -65,14 +65,19 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def compare(operation: str, dtype: torch.dtype, device: torch.device) -> tuple[Worst, int]:
-    """(the worst of all cases of an operation on `device`, how many cases)."""
+    """(the worst of all cases of an operation on `device`, how many cases); what cannot run is infinitely wrong."""
     found = []
     for case in CASES[operation]():
         moved = [_cast(value, dtype) for value in case.inputs]
-        ours = results(case.call, [_to(value, device) for value in moved])
         with moe_kernels.reference_only():
             theirs = results(case.call, [_cast(value, torch.float64) for value in moved])
-        found += [worst(case.name, name, ours.get(name), theirs[name]) for name in theirs]
+        try:
+            ours = {name: value.cpu() for name, value in results(case.call, [_to(x, device) for x in moved]).items()}
+        except RuntimeError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            found.append(Worst(float("inf"), case.name, f"error: {reason}", [], [], float("nan"), float("nan")))
+        else:
+            found += [worst(case.name, name, ours.get(name), theirs[name]) for name in theirs]
     return max(found, key=lambda one: one.error), len(CASES[operation]())
 
 

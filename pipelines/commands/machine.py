@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipelines.commands import REPORTS
 
 
 def doctor(
@@ -45,13 +48,15 @@ def passport() -> None:
     """Are the numbers of this device right? Compares them with the reference; ends with 1 when one is off."""
     from moe_kernels import device as devices
 
-    from pipelines.passport import FILE, PAGE, failed
-    from pipelines.passport import passport as compare
+    from pipelines import environment, stage
+    from pipelines.params import UserError
 
     device = devices.default()
-    content = compare(device, FILE, PAGE)
-    wrong, number = failed(content), len(content["entries"])
-    typer.echo(f"passport   {devices.name(device)}: {number - len(wrong)} of {number} comparisons pass; {PAGE}")
-    if wrong:
-        typer.echo(f"passport   outside the tolerance: {', '.join(wrong)}")
-    raise typer.Exit(int(bool(wrong)))
+    environment.make_passport(device)
+    file = environment.passport_file(device)
+    if environment.passport(device) == environment.NO_PASSPORT:
+        raise UserError(f"no passport could be made of {devices.name(device)}; the error above says why.")
+    for suffix in (".json", ".html"):
+        shutil.copyfile(file.with_suffix(suffix), REPORTS / f"passport{suffix}")
+    typer.echo(f"passport   {REPORTS / 'passport.html'}")
+    raise typer.Exit(int(not stage.read_json(file, made_by="passport")["passed"]))

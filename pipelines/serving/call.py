@@ -45,7 +45,12 @@ class Call:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(prompt_tokens=len(self.request.prompt), completion_tokens=self.request.completion_tokens)
+        asked = self.request
+        return Usage(
+            prompt_tokens=len(asked.prompt),
+            cached_tokens=asked.cached_tokens,
+            completion_tokens=asked.completion_tokens,
+        )
 
     def start(self) -> None:
         """Join the engine's queue; raises `QueueFull`, `Closed`."""

@@ -23,6 +23,8 @@ from model import batch
 from model.batch import Batch, Reading, Sampler
 from model.transformer import MoETransformer
 from pipelines import environment, models, stage
+from pipelines.params import Serve
+from pipelines.serving.prefixes import Prefixes
 from pipelines.serving.text import Answer, Text
 
 SPEED_WINDOW_S = 10.0  # tokens/s are of the last seconds
@@ -77,6 +79,7 @@ class Request:
     arrived_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
     ended_s: float | None = None
+    cached_tokens: int = 0
     completion_tokens: int = 0
 
     def cancel(self) -> None:
@@ -97,11 +100,9 @@ class _Row:
 class Engine:
     """One loaded model that answers requests until it is closed."""
 
-    def __init__(
-        self, net: MoETransformer, text: Text, name: str, version: str, max_batch: int, max_queue: int
-    ) -> None:
+    def __init__(self, net: MoETransformer, text: Text, name: str, version: str, params: Serve) -> None:
         self.net, self.text, self.name, self.version = net.eval(), text, name, version
-        self.max_batch, self.max_queue = max_batch, max_queue
+        self.max_batch, self.max_queue = params.max_batch, params.max_queue
         self.context = net.config.max_position_embeddings
         self.vocab_size, self.loaded_at = net.config.vocab_size, int(time.time())
         self.stop_tokens = _stop_tokens(net.config.eos_token_id)
@@ -109,6 +110,7 @@ class Engine:
         self._rows: list[_Row] = []  # in the order of the batch
         self._reading: _Row | None = None
         self._batch = Batch()
+        self._prefixes = Prefixes(params.max_prefixes)
         self._closing = False
         self._changed = threading.Condition()
         self._recent: deque[tuple[float, int]] = deque()
@@ -116,14 +118,14 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, name: str, version: str, max_batch: int, max_queue: int) -> Engine:
+    def load(cls, folder: Path, name: str, version: str, params: Serve) -> Engine:
         """From an exported folder, on this machine's device, after a first answer; raises `UserError`."""
         stage.say(f"serve      loading {name} version {version} from {folder}")
         devices.prepare()
         device = devices.default()
-        environment.distrust(device)
+        environment.require_passport(device)
         net = models.load(folder, made_by="export").to(device)
-        engine = cls(net, Text(folder), name, version, max_batch, max_queue)
+        engine = cls(net, Text(folder), name, version, params)
         engine.complete([0], 4, timeout_s=FIRST_ANSWER_S)
         return engine
 
@@ -206,6 +208,7 @@ class Engine:
             budget -= reading.at - before
             if logits is not None:
                 self._score_prompt(row, logits[0], before)
+            self._prefixes.remember(reading, row.request.prompt)
             if reading.done:
                 self._reading = None
                 self._begin(row, reading)
@@ -219,6 +222,8 @@ class Engine:
                 continue
             sampler = Sampler(request.temperature, request.top_p, request.seed)
             reading = Reading(self.net, [request.prompt], [sampler])
+            if not request.score_prompt:
+                request.cached_tokens = self._prefixes.resume(reading, request.prompt)
             self._reading = _Row(request, Answer(self.text, request.stops), reading)
         return self._reading
 

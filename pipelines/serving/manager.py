@@ -20,7 +20,7 @@ class Manager:
 
     def load(self, folder: Path, name: str, version: str) -> Engine:
         """An engine of the exported `folder` beside the current one; raises `UserError`."""
-        return Engine.load(folder, name, version, self.params.max_batch, self.params.max_queue)
+        return Engine.load(folder, name, version, self.params)
 
     def switch(self, engine: Engine) -> None:
         """Requests from here on go to `engine`; the old one answers those it has, in the background, and ends."""

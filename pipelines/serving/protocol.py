@@ -138,7 +138,7 @@ class Usage(BaseModel):
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = Field(0, exclude=True)
+    cached_tokens: int
 
     def shape(self) -> dict[str, Any]:
         """As OpenAI writes it."""

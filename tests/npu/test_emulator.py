@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not device.emulated(), reason="about the emulato
 
 ELSEWHERE = {  # fused operators, which test_parity.py and test_training.py compare
     "ApplyAdamWV2", "CrossEntropyLoss", "CrossEntropyLossGrad", "FlashAttentionScore", "FlashAttentionScoreGrad",
-    "FlashAttentionVarLenScore", "FlashAttentionUnpaddingScoreGrad", "GroupedMatmulV4", "GroupedMatmulV5",
+    "FlashAttentionScoreV3", "FlashAttentionScoreGradV3", "FlashAttentionVarLenScore",
+    "FlashAttentionUnpaddingScoreGrad", "GroupedMatmulV4", "GroupedMatmulV5", "MhcSinkhorn", "MhcSinkhornBackward",
     "MoeTokenPermute", "MoeTokenPermuteGrad", "MoeTokenUnpermute", "MoeTokenUnpermuteGrad", "RmsNorm", "RmsNormGrad",
     "RotaryPositionEmbedding", "RotaryPositionEmbeddingGrad", "SwiGlu", "SwiGluGrad",
 }  # fmt: skip

@@ -12,6 +12,7 @@ import moe_kernels
 import pytest
 import torch
 from cases import NPU, Case, angles, chosen_experts, distance, outputs_and_gradients, random
+from moe_kernels import numerics
 from moe_kernels.npu import grouped_matmul as products
 from moe_kernels.npu import permute as rows
 from torch import Tensor
@@ -211,3 +212,47 @@ def test_26_experts_product_without_a_gradient() -> None:
     out.sum().backward()
     assert x.grad is None and weight.grad is None
     assert products.grouped_matmul(x, weight.transpose(1, 2), counts).requires_grad
+
+
+def test_27_sink_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert window_differs() < 2e-5
+    original = ops.npu_fusion_attention
+    monkeypatch.setattr(ops, "npu_fusion_attention", lambda *words, sink, **more: original(*words, **more))
+    assert window_differs() > VISIBLE
+
+
+def test_28_sink_in_half_precision() -> None:
+    with pytest.raises(RuntimeError, match="sink is of type BFloat16"):
+        attend(sink=torch.zeros(3, dtype=torch.bfloat16, device=NPU))
+
+
+def test_29_one_sink_for_all_heads() -> None:
+    with pytest.raises(RuntimeError, match=r"the sink is \[1\] for 3 heads"):
+        attend(sink=torch.zeros(1, device=NPU))
+
+
+def test_30_documents_given_by_their_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_kernels.npu import attention
+
+    monkeypatch.setattr(attention, "_cut", lambda ends: [(slice(0, 12), [5, 1, 3, 3])])
+    documents = torch.tensor([[0] * 5 + [1], [0] * 3 + [1] * 3])
+    with pytest.raises(RuntimeError, match="must be running ends that reach 12"):
+        moe_kernels.attention(*(random(2, 6, 3, 8, seed=n).to(NPU) for n in range(3)), 0.3, documents.to(NPU))
+
+
+def test_31_streams_that_the_operator_does_not_take() -> None:
+    with pytest.raises(RuntimeError, match="4 by 4, 6 by 6 or 8 by 8"):
+        ops.npu_mhc_sinkhorn(random(9, 3, 3).to(NPU))
+
+
+def test_32_sinkhorn_with_rows_and_columns_swapped() -> None:
+    from moe_kernels.reference.sinkhorn import sinkhorn
+
+    logits = random(9, 4, 4) * 3
+    right, swapped = (ops.npu_mhc_sinkhorn(x.to(NPU), eps=1e-6, num_iters=3)[0] for x in (logits, logits.mT))
+    assert distance(right, sinkhorn(logits, 3, 1e-6)) < 2e-5
+    assert distance(swapped.mT, sinkhorn(logits, 3, 1e-6)) > VISIBLE
+
+
+def window_differs() -> float:
+    return numerics.compare("window_attention", torch.float32, NPU)[0].error

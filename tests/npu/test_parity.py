@@ -8,6 +8,7 @@ import moe_kernels
 import pytest
 import torch
 from cases import NPU, TOLERANCE, Case, angles, chosen_experts, distance, outputs_and_gradients, random
+from moe_kernels import numerics
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
@@ -143,6 +144,26 @@ def test_attention(documents: list[int] | None, queries: int, dtype: torch.dtype
     ours, theirs = (outputs_and_gradients(call, case, device) for device in (NPU, torch.device("cpu")))
     assert ours[0].shape == (2, queries, 3, 8)
     assert max(distance(mine, other) for mine, other in zip(ours, theirs, strict=True)) <= TOLERANCE[dtype]
+
+
+def test_attention_of_more_documents_than_one_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_kernels.npu import attention
+
+    monkeypatch.setattr(attention, "MOST_DOCUMENTS", 2)
+    ids = torch.tensor([[0, 0, 1, 2, 2], [0, 1, 2, 3, 4]])
+    call = lambda q, k, v: moe_kernels.attention(q, k, v, 0.3, ids.to(q.device))  # noqa: E731
+    case = Case([random(2, 5, 3, width, seed=n) for n, width in enumerate((12, 12, 8))])
+    ours, theirs = (outputs_and_gradients(call, case, device) for device in (NPU, torch.device("cpu")))
+    assert max(distance(mine, other) for mine, other in zip(ours, theirs, strict=True)) <= TOLERANCE[FP32]
+
+
+@pytest.mark.parametrize(
+    "operation", ["cached_window_attention", "cross_entropy_with_gradient", "hyper_read", "window_attention"]
+)
+def test_operations_as_the_passport_compares_them(operation: str) -> None:
+    assert moe_kernels.chosen(NPU)[operation] == "npu"
+    for dtype in numerics.dtypes(operation):
+        assert numerics.compare(operation, dtype, NPU)[0].error <= numerics.tolerance(operation, dtype)
 
 
 @DTYPES

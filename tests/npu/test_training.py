@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from subprocess import CompletedProcess
 
 import moe_kernels
 import pytest
+import torch
 import training
 from moe_kernels import device
 
@@ -46,8 +46,12 @@ def test_deepseek_v3_learns_as_on_the_cpu(on_cpu: list[float], tmp_path: Path) -
     [({}, 1e-5), ({"optimizer": "muon"}, 2e-3), ({"dense_attention_steps": 5}, 1e-3)],
     ids=["sparse", "muon", "dense first"],
 )
-def test_deepseek_v4_learns_as_on_the_cpu(settings: dict, tolerance: float, tmp_path: Path) -> None:
-    """Every loss, under the references alone on the CPU. What differs in the last bit grows where a top-k can tip."""
+def test_deepseek_v4_learns_as_on_the_cpu(
+    settings: dict, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss, under the references alone on the CPU. What differs in the last bit grows where a top-k can tip, and
+    would grow in Muon's products if they were in bfloat16, which is what both devices multiply fastest."""
+    monkeypatch.setattr(device, "matmul_dtype", lambda device: torch.float32)
     ours = training.records("npu", tmp_path / "npu", "v4", **settings)
     with moe_kernels.reference_only():
         theirs = training.records("cpu", tmp_path / "cpu", "v4", **settings)
@@ -73,6 +77,21 @@ def test_another_seed_gives_another_curve(model: str, on_cpu: list[float], tmp_p
 
 
 @emulated
+def test_a_training_asks_the_device_for_reproducible_operators(python: Callable[..., CompletedProcess[str]]) -> None:
+    """Its runtime is told before the first operator, HCCL through the environment; what the user set there stays."""
+    code = (
+        "import ctypes, os, pathlib, sys, tempfile, torch, training\n"
+        "training.records('npu', pathlib.Path(tempfile.mkdtemp()), steps=2)\n"
+        "value = ctypes.c_int64(-1)\n"
+        "ctypes.CDLL('libascendcl.so').aclrtGetSysParamOpt(0, ctypes.byref(value))\n"  # 0: ACL_OPT_DETERMINISTIC
+        "print(value.value, os.environ['HCCL_DETERMINISTIC'])"
+    )
+    for own, expected in ({}, "1 true"), ({"HCCL_DETERMINISTIC": "strict"}, "1 strict"):
+        done = python(code, **own)
+        assert done.stdout.splitlines()[-1:] == [expected], done.stdout + done.stderr
+
+
+@emulated
 def test_a_step_of_deepseek_v3_is_made_of_fused_operators(
     on_cpu: list[float], launch: Callable, tmp_path: Path
 ) -> None:
@@ -84,10 +103,10 @@ def test_a_step_of_deepseek_v3_is_made_of_fused_operators(
     per_step = {
         "aclnnRmsNorm": norms, "aclnnRmsNormGrad": norms,
         "aclnnRotaryPositionEmbedding": 2 * layers, "aclnnRotaryPositionEmbeddingGrad": 2 * layers,
-        "aclnnFlashAttentionScore": layers, "aclnnFlashAttentionScoreGrad": layers,
+        "aclnnFlashAttentionVarLenScore": layers, "aclnnFlashAttentionUnpaddingScoreGrad": layers,
         "aclnnSwiGlu": layers + moe, "aclnnSwiGluGrad": layers + moe,
         "aclnnMoeTokenPermute": moe, "aclnnMoeTokenUnpermute": moe,
-        "aclnnGroupedMatmulV5": 6 * moe,
+        "aclnnGroupedMatmulV5": 6 * moe, "aclnnCrossEntropyLoss": 1, "aclnnCrossEntropyLossGrad": 1,
         "aclnnApplyAdamWV2": len([*training.build(config).parameters()]),
     }  # fmt: skip
     assert {name: calls[name] for name in per_step} == {name: steps * count for name, count in per_step.items()}
@@ -96,14 +115,19 @@ def test_a_step_of_deepseek_v3_is_made_of_fused_operators(
 
 
 @emulated
-def test_a_step_of_v4_has_its_experts_and_norms_fused(launch: Callable, tmp_path: Path) -> None:
-    """No matrix product by expert, and nothing on the host."""
+def test_a_step_of_deepseek_v4_is_made_of_fused_operators(launch: Callable, tmp_path: Path) -> None:
+    """No matrix product by expert, no step of Sinkhorn-Knopp on its own, and nothing on the host."""
     calls, done = traced(launch, tmp_path, "v4")
     losses(done)
-    moe = training.V4.num_hidden_layers + 1  # with the block that predicts further ahead
-    per_step = {"aclnnMoeTokenPermute": moe, "aclnnMoeTokenUnpermute": moe, "aclnnGroupedMatmulV5": 6 * moe}
+    blocks = training.V4.num_hidden_layers + 1  # with the one that predicts further ahead
+    per_step = {
+        "aclnnMoeTokenPermute": blocks, "aclnnMoeTokenUnpermute": blocks, "aclnnGroupedMatmulV5": 6 * blocks,
+        "aclnnFlashAttentionScoreV3": blocks, "aclnnFlashAttentionScoreGradV3": blocks,
+        "aclnnMhcSinkhorn": 4 * blocks, "aclnnMhcSinkhornBackward": 2 * blocks,  # forwards, and again to go backwards
+        "aclnnCrossEntropyLoss": 2, "aclnnCrossEntropyLossGrad": 2,
+    }  # fmt: skip
     assert {name: calls[name] for name in per_step} == {name: training.STEPS * n for name, n in per_step.items()}
-    assert calls["aclnnRmsNorm"] > 4 * moe * training.STEPS
+    assert calls["aclnnRmsNorm"] > 4 * blocks * training.STEPS
 
 
 def traced(launch: Callable, folder: Path, model: str) -> tuple[Counter[str], CompletedProcess[str]]:
@@ -113,20 +137,6 @@ def traced(launch: Callable, folder: Path, model: str) -> tuple[Counter[str], Co
     fallbacks = [line for line in done.stderr.splitlines() if "on the CPU" in line or "running on CPU" in line]
     assert not fallbacks, fallbacks
     return Counter(trace.read_text().split()), done
-
-
-@emulated
-@pytest.mark.parametrize("fault", ["lost:4500", "async:aclnnGroupedMatmulV5:100", "operator:aclnnRmsNorm:120"])
-def test_a_fault_ends_in_one_message_and_the_run_goes_on(
-    fault: str, on_cpu: list[float], launch: Callable, tmp_path: Path
-) -> None:
-    broken = launch("npu", tmp_path, FAKECANN_FAULT=fault)
-    assert broken.returncode != 0
-    assert [line for line in broken.stderr.splitlines() if "fakecann:" in line], broken.stderr
-    assert 0 < max(int(path.name.split("-")[1]) for path in tmp_path.glob("step-*")) < training.STEPS
-    resumed = losses(launch("npu", tmp_path))
-    assert len(resumed) == training.STEPS and all(map(math.isfinite, resumed))
-    assert resumed == pytest.approx(on_cpu, rel=1e-4)
 
 
 @emulated

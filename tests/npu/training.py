@@ -28,7 +28,7 @@ V4 = ModelConfig(
     vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, q_lora_rank=16,
     head_dim=16, qk_rope_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, o_lora_rank=8, sliding_window=8,
     layer_types=[SLIDING, SPARSE, HEAVY, SPARSE], compress_rates={SPARSE: 4, HEAVY: 8}, index_n_heads=2,
-    index_head_dim=8, index_topk=3, hc_mult=2, hc_sinkhorn_iters=3, num_nextn_predict_layers=1, initializer_range=0.1,
+    index_head_dim=8, index_topk=3, hc_mult=4, hc_sinkhorn_iters=3, num_nextn_predict_layers=1, initializer_range=0.1,
 )  # fmt: skip
 MODELS = {"v3": V3, "v4": V4}
 ROOT = Path(__file__).parents[2]

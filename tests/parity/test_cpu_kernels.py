@@ -13,7 +13,7 @@ import moe_kernels
 import pytest
 import torch
 from moe_kernels.cpu import library
-from moe_kernels.reference import experts, hyper_connection, swiglu, window_attention
+from moe_kernels.reference import attention, experts, hyper_connection, swiglu, window_attention
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -147,6 +147,36 @@ def test_window_attention_with_one_mask_for_all_rows_and_under_autocast() -> Non
     assert distance(ours, window_attention.window_attention(*inputs)[0].double()) <= TOLERANCE[BF16]
 
 
+def causal_inputs(
+    rows: int, queries: int, keys: int, heads: int, width: int, values: int, dtype: torch.dtype = FP32
+) -> list[Any]:
+    """Documents of about 20 tokens; one of them goes on after another has come between."""
+    documents = (random(rows, keys, seed=4) > 1.6).cumsum(dim=1) % 5
+    tensors = [random(rows, queries, heads, width), random(rows, keys, heads, width), random(rows, keys, heads, values)]
+    return [*(tensor.to(dtype) for tensor in tensors), width**-0.5, documents]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 130, 130, 3, 48, 32), (1, 1, 1, 1, 5, 3), (2, 7, 90, 2, 20, 20), (3, 75, 75, 1, 33, 7), (0, 4, 4, 2, 8, 8),
+     (1, 40, 5500, 1, 16, 16)],
+    ids=str,
+)  # fmt: skip
+def test_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = causal_inputs(*shape, dtype=dtype)
+    same("attention", attention.attention, inputs)
+    same("attention", attention.attention, inputs[:-1])
+
+
+def test_attention_of_views_that_are_not_contiguous() -> None:
+    q, k, v, *others = causal_inputs(2, 50, 50, 3, 16, 16)
+    both = torch.cat([k, v], dim=-1)
+    same(
+        "attention", attention.attention, [q.transpose(1, 2).contiguous().transpose(1, 2), *both.chunk(2, -1), *others]
+    )
+
+
 def expert_inputs(tokens: int, width: int, inner: int, count: int, top_k: int, dtype: torch.dtype = FP32) -> list[Any]:
     """The last expert gets no token."""
     scores = torch.rand(tokens, count - 1, generator=torch.Generator().manual_seed(tokens))
@@ -169,6 +199,21 @@ def test_experts_with_a_limit_and_views_that_are_not_contiguous() -> None:
     x, chosen, weights, gate_up, down = expert_inputs(40, 12, 8, 7, 3)
     turned = gate_up.transpose(0, 1).contiguous().transpose(0, 1)
     same("experts", experts.experts, [x, chosen, weights.t().contiguous().t(), turned, down, 0.4])
+
+
+def test_experts_of_fp32_weights_under_autocast_and_as_many_rows_as_no_shape_before() -> None:
+    """Rows of an expert are filled up before they are multiplied: what fills them up must not be seen."""
+    for tokens in (37, 211, 700):
+        inputs = expert_inputs(tokens, 24, 20, 5, 2)
+
+        def ours(*tensors: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=BF16):
+                return moe_kernels.experts(*tensors).float()
+
+        mine = outputs_and_gradients(ours, inputs)
+        theirs = outputs_and_gradients(experts.experts, inputs, FP64)
+        assert [tensor.dtype for tensor in mine] == [FP32] * 5
+        assert max(distance(a, b) for a, b in zip(mine, theirs, strict=True)) <= TOLERANCE[BF16]
 
 
 def test_an_expert_that_does_not_exist_is_refused() -> None:
@@ -247,6 +292,7 @@ def rotate_inputs() -> list[Any]:
 
 
 CASES = {
+    "attention": causal_inputs(2, 150, 150, 2, 24, 16),
     "cross_entropy_with_gradient": [random(60, 48), torch.arange(60) % 48, torch.tensor(0.5), -100],
     "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
     "hyper_read": read_inputs(900, 4, 48),

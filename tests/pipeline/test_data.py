@@ -2,22 +2,25 @@
 
 import io
 import json
+import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipelines.baselines import KneserNey
 from pipelines.clean import clean, normal, split_of
-from pipelines.contracts import CONTAMINATED, accept, contracts, overlap, runs
-from pipelines.encode import SPECIAL, encode, load_encoder, train_tokenizer
+from pipelines.contracts import CONTAMINATED, accept, contracts, control_characters, has_secret
+from pipelines.encode import BOS, EOS, SPECIAL, encode, encoded, load_encoder, train_tokenizer
 from pipelines.finetune import mark_assistant
 from pipelines.markup import as_dialogue, po_to_text, rst_to_text
+from pipelines.overlap import RUN, shares
 from pipelines.params import Clean, Contracts, Encode, UserError, load_params
 
 ROOT = Path(__file__).parents[2]
@@ -259,11 +262,62 @@ def test_drift_is_named_until_it_is_accepted(tmp_path: Path) -> None:
 
 def test_overlap_counts_shared_runs() -> None:
     words = text(1).split()
-    known = np.unique(runs(" ".join(words)))
-    assert overlap(" ".join(words).upper(), known) == 1.0
     half = " ".join(words[:66] + text(2).split()[:54])
-    assert 0.4 < overlap(half, known) < CONTAMINATED
-    assert overlap("few words", known) == 0.0
+    whole, part, few = shares([" ".join(words).upper(), half, "few words"], [text(3), " ".join(words)])
+    assert whole == 1.0 and 0.4 < part < CONTAMINATED and few == 0.0
+    assert shares([half], []) == [0.0]
+
+
+@given(st.lists(st.text(st.sampled_from("aB_1 .\n\u00e9\u0130\u4e2d\U00020000\u0301"), max_size=200), max_size=4))
+def test_shared_runs_are_those_of_a_regular_expression(texts: list[str]) -> None:
+    def words(text: str) -> list[tuple[str, ...]]:
+        found = re.findall(r"\w+", text.lower())
+        return [tuple(found[place : place + RUN]) for place in range(len(found) - RUN + 1)]
+
+    known = {run for text in texts[1:] for run in words(text)}
+    for text, share in zip(texts, shares(texts, texts[1:]), strict=True):
+        mine = words(text)
+        assert share == (pytest.approx(sum(run in known for run in mine) / len(mine)) if mine else 0.0)
+
+
+SECRET = re.compile(  # as one would write it
+    r"[\w.+-]+@[\w-]+\.[a-z]{2,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:sk|ghp|gho|xox[bp])[-_]\w{20,}"
+)
+PIECES = [
+    "@",
+    "a",
+    "b.co",
+    "sk-",
+    "sk_",
+    "tas",
+    "k",
+    "ghp_",
+    "-",
+    " ",
+    "\u00e9",
+    "x" * 20,
+    "AKIA",
+    "A1" * 8,
+    "xoxb-",
+    ".",
+]
+PIECES += ["+", "\n", "-----BEGIN ", "RSA ", "PRIVATE KEY", "\x07", "\x85"]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(PIECES), max_size=7).map("".join))
+def test_secrets_and_control_characters_are_those_of_one_expression(anything: str) -> None:
+    assert has_secret(anything) == bool(SECRET.search(anything))
+    assert control_characters(anything) == len(re.findall(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", anything))
+
+
+@settings(max_examples=300)
+@given(st.text(st.sampled_from("a \t\r\n\0\x0b\x85\xa0\ufeffe\u0301\u2028")))
+def test_normal_text_is_what_expressions_make_of_it(anything: str) -> None:
+    text = unicodedata.normalize("NFC", anything.replace("\r\n", "\n").replace("\r", "\n"))
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    assert normal(anything) == re.sub(r"\n{4,}", "\n\n\n", text).strip("\n").strip()
 
 
 def test_a_vocabulary_beyond_the_text_is_refused() -> None:
@@ -288,6 +342,9 @@ def test_the_chat_template_is_what_finetuning_trains_on(corpus: Path) -> None:
 def test_both_libraries_give_the_same_ids_for_anything(tokenizers, anything: str) -> None:
     ours, theirs = tokenizers
     ids = ours.encode_ordinary(anything)
+    stored = [anything, f"{SPECIAL[0]}{anything}{SPECIAL[3]}"]
+    for text, row in zip(stored, encoded(pd.Series(stored, dtype=object), ours), strict=True):
+        assert row.tolist() == [BOS, *ours.encode_ordinary(text), EOS]
     assert ids == theirs(anything, add_special_tokens=False).input_ids
     assert ours.decode_bytes(ids) == anything.encode()
 

@@ -15,9 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
-from model.checkpoint import CheckpointStore
+from model.checkpoint import CheckpointStore, CheckpointWriter
 from model.train import take_step
 from pipelines import stage, tracking
 from pipelines.params import UserError, load_params
@@ -171,6 +172,18 @@ def test_the_last_good_checkpoint_before_a_loss_that_is_not_finite(project, monk
     assert "the loss of step 5 is not finite" in str(caught.value)
     assert f"the last good checkpoint is {newest}: lower" in str(caught.value)
     shutil.rmtree(project.folder / ".checkpoints")
+
+
+def test_a_checkpoint_written_behind_holds_what_was_there_and_its_failure_is_heard_of(tmp_path: Path) -> None:
+    store, weights = CheckpointStore(tmp_path / "store"), torch.zeros(3)
+    with CheckpointWriter(store) as writer:
+        writer.save(1, {"net": {"weights": weights}, "history": [{"loss": 1.0}]})
+        weights += 1
+    state = store.latest()
+    assert torch.equal(state["net"]["weights"], torch.zeros(3)) and state["history"] == [{"loss": 1.0}]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"), CheckpointWriter(CheckpointStore(tmp_path / "file")) as writer:
+        writer.save(1, {})
 
 
 def test_the_newest_sound_checkpoint_is_the_one_that_is_named(tmp_path: Path) -> None:

@@ -149,6 +149,16 @@ def test_many_random_requests_at_once_get_what_each_gets_alone(served: Endpoint,
         assert answer == text_of(folder, expected(net, prompt, count, **sampling))
 
 
+def test_a_beginning_that_was_read_before_is_not_read_again_and_changes_nothing(served: Endpoint, folder, net) -> None:
+    prompt = [Random(2).randrange(5, CONFIG.vocab_size) for _ in range(530)]
+    cached = []
+    for other in (prompt, prompt, [*prompt[:400], *prompt[:90]], [*prompt[:256], 6, 7], prompt[:256]):
+        done = served.client.completions.create(model=NAME, prompt=other, max_tokens=30, temperature=0)
+        assert done.choices[0].text == text_of(folder, expected(net, other, 30))
+        cached.append(done.usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 512, 256, 0, 0]  # the token after a chunk belongs to what was read
+
+
 def test_a_prompt_is_scored_as_the_model_scores_it(served: Endpoint, net) -> None:
     prompt = [Random(1).randrange(5, CONFIG.vocab_size) for _ in range(700)]  # two passes
     done = served.client.completions.create(

@@ -54,3 +54,27 @@ def test_no_peak_is_made_up(label: str) -> None:
 
 def test_this_process_has_no_emulated_devices() -> None:
     assert device.default().type != "npu" or not device.emulated()
+
+
+TORCH_NPU = """The Inner error is reported as above. The process exits for this inner error.
+[ERROR] 2026-11-25-00:22:19 (PID:1, Device:0, RankID:-1) ERR00100 PTA call acl api failed."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(RuntimeError(TORCH_NPU), "ERR00100 PTA call acl api failed: The Inner error is reported as above. The process "
+      "exits for this inner error."),
+     (torch.OutOfMemoryError("NPU out of memory. Tried to allocate 70.00 GiB\nmore"),
+      "NPU out of memory. Tried to allocate 70.00 GiB"),
+     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None), (ValueError("ERR00100 in a text"), None)],
+)  # fmt: skip
+def test_a_device_that_failed_is_told_from_a_defect(error: Exception, said: str | None) -> None:
+    assert device.failure(error) == said
+    wrapped = ValueError("something else")
+    wrapped.__cause__ = error
+    assert device.failure(wrapped) == said
+
+
+def test_a_cpu_is_reproducible_as_it_is() -> None:
+    device.be_deterministic(CPU)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ModelConfig, build, generate
+from model.batch import MEMORY, PLAIN, TRIAL, Pace
 from model.cache import Cache
 from model.config import HEAVY, SLIDING, SPARSE
 from model.data import IGNORED
@@ -153,7 +154,8 @@ def test_greedy_decoding_of_unequal_prompts_is_that_of_each_alone(net: MoETransf
 
 
 def test_speculation_saves_passes_where_drafts_are_right(net: MoETransformer, monkeypatch) -> None:
-    """A constant model always drafts right: half the passes of the trunk."""
+    """A constant model always drafts right: half the passes of the trunk, once the plain ones have been timed."""
+    monkeypatch.setattr(Pace, "pays", True)
     with torch.no_grad():
         constant = made(net.config)
         constant.lm_head.weight.zero_()
@@ -161,7 +163,17 @@ def test_speculation_saves_passes_where_drafts_are_right(net: MoETransformer, mo
     inner = MoETransformer.forward
     monkeypatch.setattr(MoETransformer, "forward", lambda self, *a, **k: passes.append(1) or inner(self, *a, **k))
     assert generate(constant, tokens(1, 4), 21).shape == (1, 25)
-    assert len(passes) == 1 + 10
+    assert len(passes) == 1 + PLAIN + 9
+
+
+def test_drafting_stops_where_a_token_takes_longer_with_it() -> None:
+    pace = Pace()
+    assert pace.probes and pace.pays
+    pace.plain_s = [3.0] + [1.0] * (PLAIN - 1)
+    pace.drafted.extend([(1.5, 1.6)] * TRIAL)
+    assert not pace.probes and pace.pays
+    pace.drafted.extend([(1.5, 1.0)] * MEMORY)
+    assert not pace.pays
 
 
 def test_stop_tokens_end_a_row(net: MoETransformer) -> None:

@@ -23,11 +23,15 @@ def experts(
     down_EDF: Tensor,
     limit: float | None = None,
 ) -> Tensor:
-    """Mixture of SwiGLU experts, [T, D] -> [T, D], in the dtype of autocast where that is on, else of `x_TD`."""
-    x, gate_up, down = in_autocast_dtype(x_TD, gate_up_E2FD, down_EDF)
-    if x.dtype not in FLOATS or not all_are(x.dtype, gate_up, down):
+    """Mixture of SwiGLU experts, [T, D] -> [T, D], in the dtype of autocast where that is on, else of `x_TD`.
+
+    fp32 weights stay what they are beside rows in bfloat16: each expert rounds its own.
+    """
+    (x,) = in_autocast_dtype(x_TD)
+    fits = all_are(gate_up_E2FD.dtype, gate_up_E2FD, down_EDF) and gate_up_E2FD.dtype in (x.dtype, torch.float32)
+    if x.dtype not in FLOATS or not fits:
         return reference.experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, limit)
-    tensors = (tensor.contiguous() for tensor in (x, indices_TK, weights_TK.float(), gate_up, down))
+    tensors = (tensor.contiguous() for tensor in (x, indices_TK, weights_TK.float(), gate_up_E2FD, down_EDF))
     return torch.ops.moe_kernels_cpu.experts(*tensors, limit)[0]
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from moe_kernels.cache import folder as cache_folder
+
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-w")
 COMPILERS = ("g++", "c++", "clang++")
@@ -51,7 +53,7 @@ def library() -> Path:
     if os.name != "posix":
         raise BuildError("they are made for Linux and macOS")
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    folder = cache_folder()
+    folder = cache_folder("kernels")
     target = folder / f"cpu-{_key()}.so"
     if target.exists():
         return target
@@ -61,20 +63,6 @@ def library() -> Path:
         if not target.exists():
             _build(compiler, target)
     return target
-
-
-def cache_folder() -> Path:
-    """A folder of this user's that can be written: in the cache, else among the temporary ones."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    candidates = (Path(home) / "shovel" / "kernels", Path(tempfile.gettempdir()) / f"shovel-kernels-{os.getuid()}")
-    for folder in candidates:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-    raise BuildError(f"none of {' and '.join(map(str, candidates))} can be written")
 
 
 def _key() -> str:

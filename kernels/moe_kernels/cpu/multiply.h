@@ -54,7 +54,12 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix&
   };
   int64_t at = 0;
   for (; at + COLUMNS * W <= columns; at += COLUMNS * W) down(at, std::integral_constant<int, COLUMNS>(), get, put);
-  for (; at + W <= columns; at += W) down(at, std::integral_constant<int, 1>(), get, put);
+  switch ((columns - at) / W) {  // whole vectors that are left; AVX2 has one at most
+    case 3: down(at, std::integral_constant<int, std::min(3, COLUMNS)>(), get, put); break;
+    case 2: down(at, std::integral_constant<int, std::min(2, COLUMNS)>(), get, put); break;
+    case 1: down(at, std::integral_constant<int, 1>(), get, put);
+  }
+  at = columns / W * W;
   if (const int64_t left = columns - at)
     down(at, std::integral_constant<int, 1>(), [left](const float* p) { return load(p, left); },
          [left](float* p, V v) { store(p, v, left); });

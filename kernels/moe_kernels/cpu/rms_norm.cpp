@@ -13,41 +13,34 @@ int64_t group_size(int64_t rows) { return std::max<int64_t>(256, parts(rows, 32)
 template <class T>
 void forward(const T* x, const float* weight, int64_t rows, int64_t width, float eps, T* out, float* inverse) {
   torch::stable::parallel_for(0, rows, ROWS, [&](int64_t first, int64_t last) {
-    std::vector<float> row(width);
     for (int64_t n = first; n < last; n++) {
+      const T* row = x + n * width;
+      T* to = out + n * width;
       V squares{};
-      copy(x + n * width, width, row.data());
-      along(width, [&](int64_t at, auto get, auto) { const V v = get(row.data() + at); squares += v * v; });
+      along(width, [&](int64_t at, auto get, auto) { const V v = get(row + at); squares += v * v; });
       const float r = inverse[n] = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
       along(width, [&](int64_t at, auto get, auto put) {
-        const V v = r * get(row.data() + at);
-        put(row.data() + at, weight ? v * get(weight + at) : v);
+        const V v = r * get(row + at);
+        put(to + at, weight ? v * get(weight + at) : v);
       });
-      copy(row.data(), width, out + n * width);
     }
   });
 }
 
 // d_x = r w d - r^3 / D (w d . x) x; d_w += r d x.
 template <class T>
-void backward_row(const T* grad, const T* x, const float* weight, float r, int64_t width, float* row, T* d_x,
-                  float* d_weight) {
-  float* d_row = row + width;
+void backward_row(const T* grad, const T* x, const float* weight, float r, int64_t width, T* d_x, float* d_weight) {
   V meet{};
-  copy(x, width, row);
-  copy(grad, width, d_row);
   along(width, [&](int64_t at, auto get, auto put) {
-    const V d = get(d_row + at), v = get(row + at);
+    const V d = get(grad + at), v = get(x + at);
     if (weight) put(d_weight + at, get(d_weight + at) + r * d * v);
-    const V weighted = weight ? d * get(weight + at) : d;
-    meet += weighted * v;
-    put(d_row + at, weighted);
+    meet += weight ? d * get(weight + at) * v : d * v;
   });
   const float factor = r * r * sum(meet) / width;
   along(width, [&](int64_t at, auto get, auto put) {
-    put(d_row + at, r * (get(d_row + at) - factor * get(row + at)));
+    const V d = get(grad + at);
+    put(d_x + at, r * ((weight ? d * get(weight + at) : d) - factor * get(x + at)));
   });
-  copy(d_row, width, d_x);
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps) {
@@ -73,10 +66,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
     const T *from = static_cast<const T*>(x.const_data_ptr()), *d = static_cast<const T*>(grad.const_data_ptr());
     T* to = static_cast<T*>(d_x.mutable_data_ptr());
     torch::stable::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
-      std::vector<float> row(2 * width);
       for (int64_t g = first; g < last; g++)
         for (int64_t n = g * size; n < std::min((g + 1) * size, rows); n++)
-          backward_row(d + n * width, from + n * width, factors, inverses[n], width, row.data(), to + n * width,
+          backward_row(d + n * width, from + n * width, factors, inverses[n], width, to + n * width,
                        partial.data() + (weight ? g * width : 0));
     });
   });

@@ -16,11 +16,9 @@ Tensor swiglu(const Tensor& gate_up, std::optional<double> limit) {
     const T* from = static_cast<const T*>(gate_up.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, rows, ROWS, [&](int64_t first, int64_t last) {
-      std::vector<float> row(3 * width);
       for (int64_t n = first; n < last; n++) {
-        copy(from + n * 2 * width, 2 * width, row.data());
-        swiglu_row(row.data(), row.data() + width, width, limit_of(limit), 1.0f, row.data() + 2 * width);
-        copy(row.data() + 2 * width, width, to + n * width);
+        const T* gate = from + n * 2 * width;
+        swiglu_row(gate, gate + width, width, limit_of(limit), 1.0f, to + n * width);
       }
     });
   });
@@ -35,13 +33,11 @@ Tensor swiglu_backward(const Tensor& grad, const Tensor& gate_up, std::optional<
     const T *from = static_cast<const T*>(gate_up.const_data_ptr()), *d = static_cast<const T*>(grad.const_data_ptr());
     T* to = static_cast<T*>(d_gate_up.mutable_data_ptr());
     torch::stable::parallel_for(0, rows, ROWS, [&](int64_t first, int64_t last) {
-      std::vector<float> row(5 * width);
-      float *gate = row.data(), *up = gate + width, *d_row = up + width, *d_gate = d_row + width;
       for (int64_t n = first; n < last; n++) {
-        copy(from + n * 2 * width, 2 * width, gate);
-        copy(d + n * width, width, d_row);
-        swiglu_row_backward<false>(gate, up, d_row, width, limit_of(limit), 1.0f, d_gate, d_gate + width);
-        copy(d_gate, 2 * width, to + n * 2 * width);
+        const T* gate = from + n * 2 * width;
+        T* d_gate = to + n * 2 * width;
+        swiglu_row_backward<false>(gate, gate + width, d + n * width, width, limit_of(limit), 1.0f, d_gate,
+                                   d_gate + width);
       }
     });
   });

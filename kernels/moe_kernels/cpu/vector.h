@@ -14,6 +14,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 using torch::stable::Tensor;
 
 namespace {
@@ -31,23 +35,52 @@ constexpr int TILE = 4;       // rows of a register tile
 typedef float V __attribute__((vector_size(BYTES)));
 typedef int32_t I __attribute__((vector_size(BYTES)));
 
-inline V load(const float* from) {
+// bfloat16 is the upper half of a float; numbers round to the nearest, ties to even.
+using Bits = uint16_t;
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(BYTES)));
+
+inline V widen(Halves halves) {
+  const Words words = __builtin_convertvector(halves, Words) << 16;
   V v;
-  std::memcpy(&v, from, sizeof v);
+  std::memcpy(&v, &words, sizeof v);
   return v;
 }
 
-// The first `count` floats, then zeros.
-inline V load(const float* from, int64_t count) {
+inline Halves narrow(V v) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  Halves halves;
+  std::memcpy(&halves, &rounded, sizeof halves);
+  return halves;
+#else
+  Words bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16, nothing = Words{} + 0x7FC0;
+  return __builtin_convertvector((bits & 0x7FFFFFFF) <= 0x7F800000 ? rounded : nothing, Halves);
+#endif
+}
+
+// A vector of floats from memory, of floats or bfloat16; the first `count` of them, then zeros.
+inline V load(const float* from, int64_t count = W) {
   V v{};
-  std::memcpy(&v, from, sizeof(float) * std::min<int64_t>(count, W));
+  std::memcpy(&v, from, count == W ? sizeof v : sizeof(float) * std::min<int64_t>(count, W));
   return v;
 }
 
-inline void store(float* to, V v) { std::memcpy(to, &v, sizeof v); }
+inline V load(const Bits* from, int64_t count = W) {
+  Halves halves{};
+  std::memcpy(&halves, from, count == W ? sizeof halves : sizeof(Bits) * std::min<int64_t>(count, W));
+  return widen(halves);
+}
 
-inline void store(float* to, V v, int64_t count) {
-  std::memcpy(to, &v, sizeof(float) * std::min<int64_t>(count, W));
+inline void store(float* to, V v, int64_t count = W) {
+  std::memcpy(to, &v, count == W ? sizeof v : sizeof(float) * std::min<int64_t>(count, W));
+}
+
+inline void store(Bits* to, V v, int64_t count = W) {
+  const Halves halves = narrow(v);
+  std::memcpy(to, &halves, count == W ? sizeof halves : sizeof(Bits) * std::min<int64_t>(count, W));
 }
 
 inline V splat(float x) { return V{} + x; }
@@ -90,9 +123,9 @@ template <class Step>
 inline void along(int64_t length, const Step& step) {
   int64_t at = 0;
   for (; at + W <= length; at += W)
-    step(at, [](const float* p) { return load(p); }, [](float* p, V v) { store(p, v); });
+    step(at, [](const auto* p) { return load(p); }, [](auto* p, V v) { store(p, v); });
   if (const int64_t left = length - at)
-    step(at, [left](const float* p) { return load(p, left); }, [left](float* p, V v) { store(p, v, left); });
+    step(at, [left](const auto* p) { return load(p, left); }, [left](auto* p, V v) { store(p, v, left); });
 }
 
 // Dot products of TILE rows with TILE rows.
@@ -111,25 +144,12 @@ inline void dots(const float* const a[TILE], const float* const b[TILE], int64_t
     for (int j = 0; j < TILE; j++) out[i][j] = sum(total[i][j]);
 }
 
-// bfloat16 is the upper half of a float; numbers round to the nearest, ties to even.
-using Bits = uint16_t;
-
-inline void copy(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
-
-inline void copy(const Bits* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t bits = uint32_t(from[i]) << 16;
-    std::memcpy(to + i, &bits, sizeof bits);
-  }
-}
-
-inline void copy(const float* from, int64_t count, Bits* to) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    const bool number = (bits & 0x7FFFFFFF) <= 0x7F800000;
-    to[i] = number ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
-  }
+template <class From, class To>
+inline void copy(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, To>)
+    std::memcpy(to, from, count * sizeof(To));
+  else
+    along(count, [&](int64_t at, auto get, auto put) { put(to + at, get(from + at)); });
 }
 
 // Runs f with a null pointer of the tensor's element type: float or Bits.

@@ -11,11 +11,10 @@
 //
 // Kept for the backward pass: the logarithm of each softmax's sum. Rows are cut into at most 8 segments by S and the
 // window alone; what they add to keys, entries and sinks is summed in the order of segments.
-#include "multiply.h"
+#include "attention.h"
 
 namespace {
 
-constexpr float HIDDEN = -1e30f;
 constexpr int64_t TILE_ROWS = 32, SEGMENT = 256, SEGMENTS = 8;
 
 struct Sizes {
@@ -29,37 +28,22 @@ struct Sizes {
   }
 };
 
-// In fp32, as they are and transposed: a segment's keys with the window before it, and all entries of its row. The
-// transposed ones end in zeros, up to whole vectors.
+// A segment's keys with the window before it, and all entries of its row.
 struct Keys {
-  std::vector<float> near, far, near_across, far_across;
-  int64_t first, near_row, far_row;
+  int64_t first;
+  Turned near, far;
 
   template <class T>
   Keys(const Sizes& z, const T* kv, const T* entries, int64_t begin, int64_t end)
-      : first(std::max<int64_t>(begin - z.window, 0)) {
-    near_row = turn(z, kv + first * z.width, end - first, near, near_across);
-    far_row = turn(z, entries, z.entries, far, far_across);
-  }
+      : first(std::max<int64_t>(begin - z.window, 0)),
+        near(kv + first * z.width, end - first, z.width, z.width), far(entries, z.entries, z.width, z.width) {}
 
-  // Rows are as long as it takes, and of an odd number of vectors: rows of 2^n bytes would share few places in a cache.
-  template <class T>
-  static int64_t turn(const Sizes& z, const T* from, int64_t count, std::vector<float>& as_is,
-                      std::vector<float>& across) {
-    const int64_t row = (parts(count, W) + 1 | 1) * W;
-    as_is.resize(count * z.width), across.assign(z.width * row, 0.0f);
-    copy(from, count * z.width, as_is.data());
-    for (int64_t k = 0; k < count; k++)
-      for (int64_t d = 0; d < z.width; d++) across[d * row + k] = as_is[k * z.width + d];
-    return row;
-  }
+  const Turned& of(bool is_near) const { return is_near ? near : far; }
 
-  const float* across(bool is_near, int64_t at) const {
-    return is_near ? near_across.data() + at - first : far_across.data() + at;
-  }
+  const float* across(bool is_near, int64_t at) const { return of(is_near).across.data() + (is_near ? at - first : at); }
 
-  const float* values(const Sizes& z, bool is_near, int64_t at) const {
-    return is_near ? near.data() + (at - first) * z.width : far.data() + at * z.width;
+  const float* values(bool is_near, int64_t at) const {
+    return of(is_near).as_is.data() + (is_near ? at - first : at) * near.width;
   }
 };
 
@@ -121,14 +105,14 @@ struct Tile {
   void times_keys(const Sizes& z, const Keys& keys, const float* a, float* to) const {
     for (const Run& run : runs)
       multiply(rows, run.padded, z.width, {a, z.width}, keys.across(run.near, run.first),
-               run.near ? keys.near_row : keys.far_row, to + run.column, columns, false);
+               keys.of(run.near).row, to + run.column, columns, false);
   }
 
   // to [rows, D] = a [rows, columns] times all values.
   void times_values(const Sizes& z, const Keys& keys, const float* a, float* to) const {
     std::fill_n(to, rows * z.width, 0.0f);
     for (const Run& run : runs)
-      multiply(rows, z.width, run.count, {a + run.column, columns}, keys.values(z, run.near, run.first), z.width, to,
+      multiply(rows, z.width, run.count, {a + run.column, columns}, keys.values(run.near, run.first), z.width, to,
                z.width, true);
   }
 };
@@ -141,33 +125,6 @@ void tiles(const Sizes& z, int64_t begin, int64_t end, const bool* allowed, cons
     f(Tile(z, t, count, allowed, visible));
     t += count;
   }
-}
-
-// Logits of a row to probabilities, the sink's among them; returns the logarithm of the sum.
-float softmax(float* row, const float* mask, int64_t columns, float sink) {
-  V top = splat(sink), total{};
-  for (int64_t k = 0; k < columns; k += W) {
-    const V logit = load(row + k) + load(mask + k);
-    store(row + k, logit);
-    top = logit > top ? logit : top;
-  }
-  float part[W], most = sink;
-  store(part, top);
-  for (float x : part) most = std::max(most, x);
-  for (int64_t k = 0; k < columns; k += W) {
-    const V p = exp(load(row + k) - most);
-    store(row + k, p);
-    total += p;
-  }
-  const float all = sum(total) + exp(splat(sink - most))[0], inverse = 1.0f / all;
-  for (int64_t k = 0; k < columns; k += W) store(row + k, load(row + k) * inverse);
-  return most + __builtin_logf(all);
-}
-
-template <class T>
-void scaled(const T* from, int64_t count, float scale, float* to) {
-  copy(from, count, to);
-  for (int64_t i = 0; i < count; i++) to[i] *= scale;
 }
 
 // Attention that each entry got from each token of the tile, over its heads.
@@ -242,17 +199,9 @@ void attend_backward(const Sizes& z, const Tile& tile, const Keys& keys, const T
   tile.times_keys(z, keys, query.data(), p.data());
   tile.times_keys(z, keys, grad.data(), d_p.data());
   for (int64_t r = 0; r < tile.rows; r++) {
-    const float *mask = tile.mask.data() + r / z.heads * columns, log_sum = log_sums[row + r];
-    float *p_row = p.data() + r * columns, *d_row = d_p.data() + r * columns;
-    V meet{};
-    for (int64_t k = 0; k < columns; k += W) {
-      const V probability = exp(load(p_row + k) + load(mask + k) - log_sum);
-      store(p_row + k, probability);
-      meet += probability * load(d_row + k);
-    }
-    const float mean = sum(meet);
-    for (int64_t k = 0; k < columns; k += W) store(d_row + k, load(p_row + k) * (load(d_row + k) - mean));
-    added.sinks[r % z.heads] -= exp(splat(sinks[r % z.heads] - log_sum))[0] * mean;
+    const float mean = softmax_backward(p.data() + r * columns, d_p.data() + r * columns,
+                                        tile.mask.data() + r / z.heads * columns, columns, log_sums[row + r]);
+    added.sinks[r % z.heads] -= exp(splat(sinks[r % z.heads] - log_sums[row + r]))[0] * mean;
   }
   tile.times_values(z, keys, d_p.data(), result.data());
   for (int64_t i = 0; i < size; i++) result[i] *= scale;

@@ -22,13 +22,21 @@ def hyper_read(
 
     read = sigmoid(.) + eps, write = 2 sigmoid(.), mix = sinkhorn(.), each of scale * (rms_norm(x) fn^T) + base.
     """
+    h_TD, write_TN, logits_TNN = read_and_logits(x_TND, fn_PC, base_P, scale_3, norm_eps, eps)
+    return h_TD, write_TN, sinkhorn(logits_TNN, iterations, eps)
+
+
+def read_and_logits(
+    x_TND: Tensor, fn_PC: Tensor, base_P: Tensor, scale_3: Tensor, norm_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(read_t . x_t [T, D], write [T, N], what Sinkhorn-Knopp makes the mix of [T, N, N])."""
     streams = x_TND.shape[1]
     u_TP = projected(x_TND.flatten(1), fn_PC, norm_eps)
     parts = [streams, streams, streams * streams]
     triples = zip(u_TP.split(parts, dim=-1), scale_3, base_P.split(parts), strict=True)
     read_TN, write_TN, mix_TX = (u * scale + base for u, scale, base in triples)
     h_TD = torch.bmm((read_TN.sigmoid() + eps).unsqueeze(1), x_TND).squeeze(1)
-    return h_TD, 2 * write_TN.sigmoid(), sinkhorn(mix_TX.unflatten(1, (streams, streams)), iterations, eps)
+    return h_TD, 2 * write_TN.sigmoid(), mix_TX.unflatten(1, (streams, streams))
 
 
 def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) -> Tensor:

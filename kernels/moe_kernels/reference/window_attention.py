@@ -27,8 +27,7 @@ def window_attention(
     window = window_BSK.shape[-1] // 2
     short = -length % window
     q_BSHD = F.pad(q_BSHD, (0, 0, 0, 0, 0, short))
-    kv_BnWD = F.pad(kv_BSD, (0, 0, window, short)).unflatten(1, (-1, window))
-    chunks_CKD = torch.cat([kv_BnWD[:, :-1], kv_BnWD[:, 1:]], dim=2).flatten(0, 1)
+    chunks_CKD = chunks(kv_BSD, window)
     q_CSD = q_BSHD.reshape(len(chunks_CKD), window * heads, width)
     near_BSHK = torch.bmm(q_CSD, chunks_CKD.mT).view(rows, -1, heads, 2 * window)[:, :length]
     far_BSHT = _far(q_BSHD[:, :length], entries_BTD)
@@ -36,6 +35,12 @@ def window_attention(
     p_CSK = F.pad(p_near, (0, 0, 0, 0, 0, short)).view(len(chunks_CKD), window * heads, 2 * window)
     out_BSHD = torch.bmm(p_CSK.to(chunks_CKD.dtype), chunks_CKD).view(rows, -1, heads, width)[:, :length]
     return out_BSHD + _from_entries(p_far, entries_BTD), p_far.detach().sum(dim=2)
+
+
+def chunks(kv_BSD: Tensor, window: int) -> Tensor:
+    """Each chunk of W tokens of each row, after the W tokens before it: [C, 2 W, D]; zeros where a row has none."""
+    kv_BnWD = F.pad(kv_BSD, (0, 0, window, -kv_BSD.shape[1] % window)).unflatten(1, (-1, window))
+    return torch.cat([kv_BnWD[:, :-1], kv_BnWD[:, 1:]], dim=2).flatten(0, 1)
 
 
 def cached_window_attention(

@@ -1,0 +1,84 @@
+"""The models of the benchmarks, and how many operations a training step of theirs is.
+
+V3 and V4 of about fifty million parameters, hidden size 256, and both once at twice the width (`wide`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model import ModelConfig, build, count_parameters
+from model.config import HEAVY, SLIDING, SPARSE
+from model.moe import SwiGLU
+from model.transformer import MoETransformer
+
+LENGTH = 512  # tokens of a row
+SHARED = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 8}
+SHARED |= {"q_lora_rank": 128, "n_routed_experts": 64, "num_experts_per_tok": 6, "max_position_embeddings": 16384}
+V3 = ModelConfig(
+    model_type="deepseek_v3",
+    intermediate_size=768,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    v_head_dim=32,
+    **SHARED,
+)
+V4 = ModelConfig(
+    layer_types=[HEAVY, SPARSE] * 4,
+    mlp_layer_types=["hash_moe"] * 3 + ["moe"] * 5,
+    sliding_window=64,
+    o_groups=2,
+    o_lora_rank=64,
+    **SHARED,
+)
+TWICE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_attention_heads": 16, "q_lora_rank": 256}
+WIDE = {
+    "v3": V3.replace(**TWICE, intermediate_size=1536, kv_lora_rank=128),
+    "v4": V4.replace(**TWICE, o_lora_rank=128),
+}
+SHAPES = {"v3": V3, "v4": V4}
+
+
+def shape(family: str, hidden_size: int) -> ModelConfig:
+    """The model of that family ("v3", "v4") and hidden size (256, 512)."""
+    return {256: SHAPES, 512: WIDE}[hidden_size][family]
+
+
+def tokens(config: ModelConfig, rows: int, device: torch.device, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """(input ids, targets), each [rows, length], random from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, config.vocab_size, (rows, length + 1), generator=generator).to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def dense(config: ModelConfig) -> MoETransformer:
+    """The same model with a dense feed-forward of as many active parameters in place of each layer's experts.
+
+    The router's parameters, which work on every token too, count as width.
+    """
+    net = build(config, seed=0)
+    c, wide = config, config.num_experts_per_tok + config.n_shared_experts
+    width = c.moe_intermediate_size * wide + round(c.n_routed_experts / 3)
+    for block in net.model.layers[c.first_moe_layer :]:
+        block.mlp = SwiGLU(c.hidden_size, width, c.swiglu_limit if c.is_v4 else None)
+    return net
+
+
+def training_flops(config: ModelConfig, rows: int, length: int = LENGTH) -> float:
+    """Of forward and backward: six an active parameter and token, and attention's products of queries with keys.
+
+    Attention counts what a query may see: V3 half of the row, V4 its window and the compressed entries before it.
+    """
+    _, active = count_parameters(config)
+    c, places = config, torch.arange(1, length + 1)
+    if not c.is_v4:
+        pairs = float(places.sum()) * c.num_hidden_layers
+        channels = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+    else:
+        seen = {kind: places.clamp(max=c.sliding_window).float() for kind in (SLIDING, SPARSE, HEAVY)}
+        seen[HEAVY] = seen[HEAVY] + places // c.compress_rates[HEAVY]
+        seen[SPARSE] = seen[SPARSE] + (places // c.compress_rates[SPARSE]).clamp(max=c.index_topk)
+        pairs = float(sum(seen[kind].sum() for kind in c.layer_types))
+        channels = 2 * c.num_attention_heads * c.head_dim
+    return rows * (6.0 * active * length + 3 * 2 * pairs * channels)

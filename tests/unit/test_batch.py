@@ -1,0 +1,105 @@
+"""Rows that join and leave a batch: what each gets is what it gets alone, to the last bit."""
+
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import ModelConfig, generate
+from model.batch import CHUNK, Batch, Reading, Sampler
+from model.config import HEAVY, SLIDING, SPARSE
+from model.transformer import MoETransformer, build
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 2, "q_lora_rank": 16,
+    "qk_rope_head_dim": 8, "n_routed_experts": 8, "initializer_range": 0.15, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+V3 = ModelConfig(
+    model_type="deepseek_v3", intermediate_size=48, num_hidden_layers=2, kv_lora_rank=16, qk_nope_head_dim=8,
+    v_head_dim=8, **SIZES,
+)  # fmt: skip
+V4 = ModelConfig(
+    num_hidden_layers=3, head_dim=16, o_lora_rank=8, layer_types=[SLIDING, SPARSE, HEAVY], sliding_window=7,
+    compress_rates={SPARSE: 4, HEAVY: 6}, index_n_heads=8, index_head_dim=8, index_topk=3, **SIZES,
+)  # fmt: skip
+CONFIGS = {"v3": V3, "v4": V4, "v4 without MTP": V4.replace(num_nextn_predict_layers=0)}
+Asked = tuple[list[int], dict, int]  # prompt, sampling, new tokens
+
+
+@pytest.fixture(params=list(CONFIGS), scope="module")
+def net(request: pytest.FixtureRequest) -> MoETransformer:
+    return build(CONFIGS[request.param], seed=3).eval()
+
+
+def read(net: MoETransformer, prompt: list[int], sampling: dict) -> Reading:
+    reading = Reading(net, [prompt], [Sampler(**sampling)])
+    while not reading.done:
+        reading.advance()
+    return reading
+
+
+def served(net: MoETransformer, asked: list[Asked], most: int, random: Random) -> list[tuple[list[int], Tensor]]:
+    """(new tokens, the logits they were chosen from) of each; up to `most` at once, and they come when they come."""
+    batch, running, waiting = Batch(), [], list(range(len(asked)))
+    got: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in asked]
+    while waiting or running:
+        while waiting and len(running) < most and (not running or random.random() < 0.5):
+            running.append(waiting.pop(0))
+            reading = read(net, *asked[running[-1]][:2])
+            batch.join(reading)
+            got[running[-1]] = (list(reading.tokens), [reading.logits_RV[0]])
+        for place, tokens in enumerate(batch.step()):
+            got[running[place]][0].extend(tokens)
+            got[running[place]][1].extend(batch.logits_BSV[place, : len(tokens)])
+        left = [place for place, number in enumerate(running) if len(got[number][0]) < asked[number][2]]
+        running = [running[place] for place in left]
+        batch.keep(left)
+    return [(tokens[:n], torch.stack(logits[:n])) for (tokens, logits), (_, _, n) in zip(got, asked, strict=True)]
+
+
+def test_neighbours_change_nothing(net: MoETransformer) -> None:
+    random = Random(0)
+    asked: list[Asked] = []
+    for number in range(16):
+        length = random.choice([1, 2, 3, 30, random.randint(1, 150), CHUNK + 70 if number % 7 == 0 else 9])
+        sampling = {} if number % 3 else {"temperature": 0.8, "top_p": 0.9, "seed": number}
+        asked.append(([random.randrange(64) for _ in range(length)], sampling, random.randint(2, 20)))
+    together, alone = served(net, asked, 10, random), [served(net, [one], 1, random)[0] for one in asked]
+    for (prompt, sampling, count), (tokens, logits), (own, own_logits) in zip(asked, together, alone, strict=True):
+        assert tokens == own and torch.equal(logits, own_logits)
+        assert generate(net, [prompt], count, **sampling)[0, len(prompt) :].tolist() == tokens
+
+
+def test_drawing_follows_the_distribution(net: MoETransformer) -> None:
+    """With drafts or without: frequencies of the first two tokens after one prompt, 2,000 times."""
+    prompt, rows = [5, 6, 7], 2000
+    drawn = generate(net, [prompt] * rows, 2, temperature=1.0)[:, 3:]
+    with torch.no_grad():
+        first = net(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        best = int(first.argmax())
+        second = net(torch.tensor([[*prompt, best]])).logits[0, -1].softmax(-1)
+    after = drawn[drawn[:, 0] == best, 1]
+    for tokens, p in ((drawn[:, 0], first), (after, second)):
+        counts, n = tokens.bincount(minlength=64), len(tokens)
+        chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
+        assert chi2 < 63 + 4 * (2 * 63) ** 0.5  # mean and deviation of chi-squared with 63 degrees of freedom
+
+
+def test_a_reading_goes_on_where_another_stopped(net: MoETransformer) -> None:
+    prompt = [Random(1).randrange(64) for _ in range(2 * CHUNK + 10)]
+    whole, first = read(net, prompt, {}), Reading(net, [prompt], [Sampler()])
+    first.advance()
+    state = first.state()
+    first.advance()
+    resumed = Reading(net, [prompt], [Sampler()])
+    resumed.resume(CHUNK, state)
+    while not resumed.done:
+        resumed.advance()
+    assert torch.equal(resumed.logits_RV, whole.logits_RV) and resumed.drafts == whole.drafts
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 2}])
+def test_impossible_sampling_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="temperature must be >= 0 and finite, and 0 < top_p <= 1"):
+        Sampler(**wrong)
