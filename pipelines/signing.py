@@ -48,6 +48,8 @@ def verify_model(release: Path, signature: Path, key: keys.Key) -> None:
         config.set_hashing_config(_hashing()).verify(release, signature)
     except InvalidSignature:
         raise ValueError(f"it was not made with key {key.short}") from None
+    except ValueError as error:
+        raise ValueError("it is of other bytes" if "Hash mismatch" in str(error) else str(error)) from None
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError("it is no model signature") from None
 

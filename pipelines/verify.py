@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -32,13 +33,14 @@ def verify(
     reports: the folder with keys and evidence. promoted: whether a signed release record must show passed gates.
     """
     known = keys.known(reports / keys.FOLDER)
-    found = [_check("exported files", lambda: _exported(version, release))]
+    files = functools.cache(lambda: digests.of_files(release))
+    found = [_check("exported files", lambda: _exported(version, files(), release))]
     with tempfile.TemporaryDirectory() as into:
         try:
             folder = evidence.find(client, version, reports, Path(into))
         except UserError as error:
             return [*found, Gate("signature", False, str(error))]
-        found += _of_evidence(version, release, folder, known)
+        found += _of_evidence(version, release, files, folder, known)
     return [*found, _check("decision", lambda: decision(version, known, promoted))]
 
 
@@ -89,7 +91,13 @@ def _check(name: str, function: Callable[[], str]) -> Gate:
         return Gate(name, False, f"the statement lacks {error}; another version of shovel made it")
 
 
-def _of_evidence(version: ModelVersion, release: Path, folder: Path, known: dict[str, keys.Key]) -> Iterator[Gate]:
+def _of_evidence(
+    version: ModelVersion,
+    release: Path,
+    files: Callable[[], dict[str, str]],
+    folder: Path,
+    known: dict[str, keys.Key],
+) -> Iterator[Gate]:
     """The checks that the evidence allows; without a sound statement there are no others."""
     text = (folder / evidence.STATEMENT).read_bytes()
     try:
@@ -100,7 +108,7 @@ def _of_evidence(version: ModelVersion, release: Path, folder: Path, known: dict
     yield Gate("statement", True, f"signed with key {key.short}{_who(key)}")
     tag = version.tags.get("signed.statement")
     yield _check("registered statement", lambda: _equal(hashlib.sha256(text).hexdigest(), tag))
-    yield _check("subject", lambda: _subject(content, release))
+    yield _check("subject", lambda: _subject(content, files()))
     yield _check("model signature", lambda: _signature(release, folder, key))
     yield _check("evidence", lambda: _evidence(content, folder))
     yield _check("bill of materials", lambda: _bill(content, folder))
@@ -109,8 +117,8 @@ def _of_evidence(version: ModelVersion, release: Path, folder: Path, known: dict
     yield _check("data contracts", lambda: _contracts(content))
 
 
-def _exported(version: ModelVersion, release: Path) -> str:
-    files, wanted = digests.of_files(release), version.tags.get("digest")
+def _exported(version: ModelVersion, files: dict[str, str], release: Path) -> str:
+    wanted = version.tags.get("digest")
     if digests.combined(files) == wanted:
         return f"{len(files)} files, digest {wanted[:12]}"
     registered = json.loads(version.tags.get("lineage", "{}")).get("digests", {})
@@ -141,8 +149,8 @@ def _digests(descriptors: list[dict[str, Any]], kind: str = "sha256") -> dict[st
     return {one["name"]: one["digest"][kind] for one in descriptors if kind in one.get("digest", {})}
 
 
-def _subject(content: dict[str, Any], release: Path) -> str:
-    files, named = digests.of_files(release), _digests(content["subject"])
+def _subject(content: dict[str, Any], files: dict[str, str]) -> str:
+    named = _digests(content["subject"])
     if files != named:
         raise ValueError(f"the statement is about other bytes: {_difference(files, named)}")
     return f"the statement is about these {len(files)} files"

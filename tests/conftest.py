@@ -1,9 +1,11 @@
 """One thread and no model hub for every test; small projects and the default corpus as fixtures."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -89,8 +91,15 @@ class Project:
             (folder / "reports" / name).write_bytes((ROOT / "reports" / name).read_bytes())
 
     def copy(self, folder: Path) -> "Project":
-        """The same state elsewhere, its runs and its release included."""
-        return Project(Path(shutil.copytree(self.folder, folder, symlinks=True)))
+        """The same state elsewhere, its runs and its release included; MLflow's artifacts are the copy's own."""
+        copy = Project(Path(shutil.copytree(self.folder, folder, symlinks=True)))
+        if (folder / ".mlflow/mlflow.db").exists():
+            with contextlib.closing(sqlite3.connect(folder / ".mlflow/mlflow.db")) as database:
+                for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                    addresses = (self.folder.resolve().as_uri(), folder.resolve().as_uri())
+                    database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", addresses)
+                database.commit()
+        return copy
 
     def digests(self, *folders: str) -> dict[str, str]:
         """sha256 of every file below the folders, by path."""

@@ -17,7 +17,10 @@ def review(
     version: Annotated[int | None, typer.Argument(help="the last model when none is named")] = None,
     comment: Annotated[str, typer.Option(help="say this about the version, instead of opening its page")] = "",
 ) -> None:
-    """Open the review page of a version in a browser, or leave a comment on it for all who decide."""
+    """Open the review page of a version in a browser, or leave a comment on it for all who decide.
+
+    Example: shovel review 3 --comment "samples are better"
+    """
     import webbrowser
 
     from pipelines import decisions, register, tracking
@@ -42,7 +45,10 @@ def why(
     version: Annotated[int | None, typer.Argument(help="the champion when none is named")] = None,
     as_json: Json = False,
 ) -> None:
-    """Why a version exists: data, filters, training, cost, comparison, decisions."""
+    """Why a version exists: data, filters, training, cost, comparison, decisions.
+
+    Example: shovel why 3 --json
+    """
     from pipelines import register, tracking
     from pipelines.why import lines, story
 
@@ -65,7 +71,10 @@ def verify(
     version: Annotated[int | None, typer.Argument(help="the champion when none is named")] = None,
     as_json: Json = False,
 ) -> None:
-    """Is a version what it claims to be? Offline; ends with 1 when a check fails, and says what is wrong."""
+    """Is a version what it claims to be? Offline; ends with 1 when a check fails, and says what is wrong.
+
+    Example: shovel verify 3
+    """
     from pipelines import register
     from pipelines.tracking import connect
     from pipelines.verify import verify_anywhere
