@@ -36,7 +36,7 @@ lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
 ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui
 
-serve: .venv/installed-serve ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
+serve: .venv/installed-core ## the champion behind an OpenAI-compatible endpoint on 127.0.0.1
 	@shovel serve
 
 bench: .venv-bench/installed ## every target against its peers, about 20 minutes on a quiet machine; renews the table in README.md
@@ -68,10 +68,6 @@ endef
 
 .venv/installed-dev: .venv/installed-core
 	$(call install,tests: pytest hypothesis ruff,-c constraints.txt -e .[dev])
-	@touch $@
-
-.venv/installed-serve: .venv/installed-core
-	$(call install,the endpoint: FastAPI uvicorn,-c constraints.txt -e .[serve])
 	@touch $@
 
 # Environments on top of .venv, which see all of it. torch_npu: with it in .venv `import torch` would fail without CANN.

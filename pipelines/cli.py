@@ -15,7 +15,7 @@ COMMANDS = {
     "Registry": (runs.propose, registry.promote, registry.rollback, registry.register),
     "Trust": (trust.review, trust.why, trust.verify, trust.keys),
     "Models": (talk.chat, talk.generate),
-    "Servers": (servers.ui, servers.serve, servers.usage),
+    "Servers": (servers.ui, servers.serve, servers.deploy, servers.usage),
     "Machine": (machine.doctor, machine.audit, machine.passport),
 }
 EXITS = (

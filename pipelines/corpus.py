@@ -30,6 +30,15 @@ def heldout(clean: Path, max_bytes: int) -> pd.DataFrame:
     return table[fits | (table.index == 0)].drop(columns="split")
 
 
+def in_turn(clean: Path, number: int) -> list[tuple[str, str]]:
+    """(text, language) of `number` held-out documents, one language after the other so that several are covered."""
+    table = documents(clean, ["text", "language", "sha256", "split"])
+    heldout = table[table["split"] == "heldout"].sort_values("sha256")
+    turn = heldout.groupby("language").cumcount()
+    chosen = heldout.assign(turn=turn).sort_values(["turn", "sha256"]).head(number)
+    return list(zip(chosen["text"], chosen["language"], strict=True))
+
+
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:
     if not path.exists():
         raise UserError(f"{path} is missing; `dvc repro clean` makes it.")

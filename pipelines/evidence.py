@@ -23,13 +23,18 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
 
-STATEMENT, SIGNATURE, BOM, ARTIFACT = "statement.json", "model.sig", "bom.cdx.json", "evidence"
+STATEMENT, SIGNATURE, BOM = "statement.json", "model.sig", "bom.cdx.json"
 INPUTS = (Path("dvc.lock"), Path("params.yaml"), Path("data/sources.yaml"))
 
 
 def folder(reports: Path, digest: str) -> Path:
     """Where the evidence of the exported folder with that digest lies, or would lie."""
     return reports / "evidence" / digest[:16]
+
+
+def artifact(digest: str) -> str:
+    """The same in the artifacts of a run; two versions may share one, where the review came from DVC's run-cache."""
+    return f"evidence/{digest[:16]}"
 
 
 def collect(reports: Path, passports: str, target: Path) -> None:
@@ -59,7 +64,7 @@ def find(client: MlflowClient, version: ModelVersion, reports: Path, into: Path)
     here = folder(reports, version.tags.get("digest", ""))
     if (here / STATEMENT).exists():
         return here
-    found = tracking.download(client, version.run_id, ARTIFACT, into)
+    found = tracking.download(client, version.run_id, artifact(version.tags.get("digest", "")), into)
     if found is None:
         raise UserError(
             f"version {version.version} has no signed evidence, neither in {here} nor in MLflow; "

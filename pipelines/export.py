@@ -17,7 +17,7 @@ import torch
 from model.hf import save_pretrained
 from model.transformer import MoETransformer
 from pipelines import card, environment, models, stage
-from pipelines.corpus import documents
+from pipelines.corpus import in_turn
 from pipelines.encode import BOS, load_encoder
 from pipelines.params import Params, UserError
 from pipelines.tracking import Run
@@ -78,12 +78,9 @@ def compare(net: MoETransformer, folder: Path, samples: list[torch.Tensor]) -> t
 
 
 def _samples(tokenizer: Path, clean: Path) -> list[torch.Tensor]:
-    """Token ids [1, n] of held-out documents, one language after the other so that several are covered."""
-    table = documents(clean, ["text", "language", "sha256", "split"])
-    heldout = table[table["split"] == "heldout"].sort_values("sha256")
-    turn = heldout.groupby("language").cumcount()
-    texts = heldout.assign(turn=turn).sort_values(["turn", "sha256"])["text"].head(TEXTS)
+    """Token ids [1, n] of held-out documents."""
     encoder = load_encoder(tokenizer)
+    texts = [text for text, _ in in_turn(clean, TEXTS)]
     return [torch.tensor([[BOS, *encoder.encode_ordinary(text)[: TOKENS - 1]]]) for text in texts]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from pipelines import digests, lineage, repository, stage
 from pipelines.params import Params, Policy
 
+AGREEMENT = {"transformers": "train = export", "server": "train = serve"}
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -39,9 +41,40 @@ def of_reports(params: Params, reports: Path, champion_bits: float | None) -> li
             export["passed"] and export["max_logit_difference"] <= export["limit"],
             f"logits differ from transformers' by {export['max_logit_difference']:.1e}, limit {export['limit']:.0e}",
         ),
+        *_agreement(reports),
         Gate("not worse than the champion", bits <= limit, f"{bits:.3f} bits per byte held out; {against}"),
         *([_no_nvidia(reports)] if params.policy.no_nvidia else []),
     ]
+
+
+def agreement_tags(reports: Path) -> dict[str, str]:
+    """Tags of a version: how far transformers and the server are from the trained module."""
+    found = stage.read_json(reports / "agreement.json", made_by="agreement")
+    return {f"agreement.{name}": distances(found[name]) for name in AGREEMENT}
+
+
+def _agreement(reports: Path) -> list[Gate]:
+    """Whether transformers and the server say what the trained module says."""
+    found = stage.read_json(reports / "agreement.json", made_by="agreement")
+    limits = found["limits"]
+    return [Gate(title, agrees(found[name], limits), distances(found[name])) for name, title in AGREEMENT.items()]
+
+
+def agrees(found: dict[str, float], limits: dict[str, float]) -> bool:
+    """Whether the distances from the trained module keep the limits of params.yaml; a NaN does not."""
+    return (
+        found["kl"] <= limits["kl"]
+        and found["top1_agreement"] >= limits["top1_agreement"]
+        and found["difference"] <= limits["difference"]
+    )
+
+
+def distances(found: dict[str, float]) -> str:
+    """Distances from the trained module, for a person to read."""
+    return (
+        f"KL {found['kl']:.1e} nats, best token the same at {found['top1_agreement']:.2%} of "
+        f"{found['positions']:,} positions, log p differs by at most {found['difference']:.1e}"
+    )
 
 
 def _no_nvidia(reports: Path) -> Gate:
@@ -76,3 +109,11 @@ def of_decision(policy: Policy, comment: str) -> list[Gate]:
     """What a person owes the record."""
     what = "the decision has one" if comment else "say why with --comment"
     return [Gate("comment", bool(comment), what)] if policy.comment else []
+
+
+def of_comparison(reports: Path, live: int | None) -> Gate:
+    """Whether the review page compares with the version that is live now. live: its number, None without one."""
+    compared = stage.read_json(reports / "review.json", made_by="review")["compared_with"]
+    with_what, now = (f"version {number}" if number else "no champion" for number in (compared, live))
+    fix = "" if compared == live else f", but {now} is live; `dvc repro -sf review`, look at it, then decide"
+    return Gate("compared with the champion", compared == live, f"the review page compares with {with_what}{fix}")

@@ -158,6 +158,33 @@ class Export(Section):
     )
 
 
+class Limits(Section):
+    kl: float = Field(gt=0, description="mean KL divergence in nats from the trained module")
+    top1_agreement: float = Field(ge=0, le=1, description="share of positions with the same best token")
+    difference: float = Field(gt=0, description="largest difference of a log-probability, in nats")
+
+
+class Agreement(Section):
+    lengths: list[int] = Field(min_length=1, description="tokens of the prompts, in turn")
+    documents: int = Field(ge=1, description="held-out documents compared, languages in turn")
+    dialogues: int = Field(ge=0, description="held-out dialogues compared, in chat format")
+    top_tokens: int = Field(20, ge=1, le=20, description="most likely tokens compared at each position")
+    float32: Limits = Field(description="for weights exported in float32")
+    bfloat16: Limits = Field(description="for weights exported in bfloat16")
+
+    @model_validator(mode="after")
+    def _lengths_are_possible(self) -> Agreement:
+        if min(self.lengths) < 2:
+            raise ValueError(f"`lengths` must be at least 2, not {min(self.lengths)}: one token is predicted by none")
+        return self
+
+    def limits(self, dtype: str) -> Limits:
+        """Of weights of that type; raises `UserError` for a type without limits."""
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"params.yaml: `agreement` has no limits for {dtype}; export in float32 or bfloat16.")
+        return getattr(self, dtype)
+
+
 class Register(Section):
     name: str = Field("shovel-demo", pattern=r"^[A-Za-z0-9][\w.-]*$", description="registered model in MLflow")
     margin_bits_per_byte: float = Field(0.02, ge=0, description="a challenger may be worse than the champion by this")
@@ -193,6 +220,7 @@ class Params(Section):
     finetune: Finetune
     evaluate: Evaluate
     export: Export
+    agreement: Agreement
     register_: Register = Field(alias="register")
     serve: Serve
     policy: Policy

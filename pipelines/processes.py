@@ -16,6 +16,11 @@ def identity(process: psutil.Process | None = None) -> str:
     return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
 
 
+def tags() -> dict[str, str]:
+    """This process as a tag."""
+    return {"process": identity()}
+
+
 def is_alive(name: str) -> bool:
     """Whether the process of that `identity` still runs; one on another host counts as alive, a nameless one not."""
     host, pid, started = (name or "?:0:0").rsplit(":", 2)

@@ -21,7 +21,7 @@ from pipelines import (
     evidence,
     gates,
     lineage,
-    live,
+    locks,
     repository,
     signing,
     stage,
@@ -50,12 +50,13 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     files = digests.of_files(release)
     digest = digests.combined(files)
     tracking.create_model(client, params.name, summary.MODEL)
-    known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
-    version = known[0] if known else None
-    if version is None or _lacks_signature(client, version, reports):
-        version = _write(client, params, release, reports, files, version)
-    if int(version.version) != number(client, params.name, CHAMPION):
-        client.set_registered_model_alias(params.name, CHALLENGER, version.version)
+    with locks.exclusively(client, params.name):
+        known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
+        version = known[0] if known else None
+        if version is None or _lacks_signature(client, version, reports):
+            version = _write(client, params, release, reports, files, version)
+        if int(version.version) != number(client, params.name, CHAMPION):
+            client.set_registered_model_alias(params.name, CHALLENGER, version.version)
     return version
 
 
@@ -75,6 +76,7 @@ def promote(
     found = [
         *gates.of_reports(params, reports, bits_of(live)),
         *gates.of_working_tree(chosen.tags.get("digest"), release),
+        gates.of_comparison(reports, int(live.version) if live else None),
         *gates.of_decision(params.policy, comment),
         *([verify.as_gate(verify.verify(client, chosen, release, reports))] if params.policy.signed else []),
     ]
@@ -84,11 +86,21 @@ def promote(
     return _move(client, name, reports, chosen, live, "promote", found, comment)
 
 
+def _require_unmoved(client: MlflowClient, name: str, live: ModelVersion | None) -> None:
+    """Raises `UserError` when another version is live than the one that the decision was made against."""
+    now = number(client, name, CHAMPION)
+    if now != (int(live.version) if live else None):
+        raise UserError(
+            f"somebody else made version {now} of {name} the champion just now, nothing was moved; compare with it "
+            "(`dvc repro -sf review`) and decide again."
+        )
+
+
 def rollback(params: Register, reports: Path, comment: str = "") -> dict[str, Any]:
     """Make the previous champion the champion again; the two change places. Returns the release record."""
     client = tracking.connect()
     previous, live = (tracking.version_behind(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
-    if previous is None:
+    if previous is None or (live and previous.version == live.version):
         raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
     return _move(client, params.name, reports, previous, live, "rollback", [], comment)
 
@@ -102,40 +114,6 @@ def status(params: Register) -> dict[str, dict[str, Any]]:
         for alias, v in found.items()
         if v
     }
-
-
-def champion_folder(params: Register, release: Path) -> Path:
-    """The folder with the champion's bytes; raises `UserError` when this working tree holds other ones."""
-    live = tracking.version_behind(tracking.connect(), params.name, CHAMPION)
-    if live is None:
-        raise UserError(f"{params.name} has no champion yet; `make demo` makes one, `shovel promote` chooses one.")
-    if digests.of_folder(release) != live.tags.get("digest"):
-        raise UserError(
-            f"{release} is not what version {live.version}, the champion, was registered with; bring it back with "
-            f"`git checkout {live.tags.get('git.commit', '')[:12]} dvc.lock && dvc checkout {release}`."
-        )
-    return release
-
-
-def folder_of(version: ModelVersion, release: Path) -> Path:
-    """A folder with the bytes of a version: `release` where it holds them, else a copy out of DVC's cache.
-
-    Raises `UserError` when neither has them.
-    """
-    if (release / "config.json").exists() and digests.of_folder(release) == version.tags.get("digest"):
-        return release
-    md5 = json.loads(version.tags.get("lineage", "{}")).get("dvc", {}).get(release.as_posix(), "")
-    copy = live.home() / "models" / version.tags.get("digest", "")[:16]
-    if not copy.exists():
-        try:
-            with stage.replacing(copy) as fresh:
-                repository.check_out(md5, release, fresh)
-        except (OSError, ValueError):
-            raise UserError(
-                f"the bytes of version {version.version} are not on this machine; "
-                f"`git checkout {version.tags.get('git.commit', '')[:12]} dvc.lock && dvc pull {release}` brings them."
-            ) from None
-    return copy
 
 
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -198,6 +176,8 @@ def _write(
         raise UserError(
             f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
         )
+    if not tracking.is_local():
+        repository.push(release)
     facts = lineage.facts(reports)
     facts["seconds"] = tracking.seconds(client, facts["runs"])
     digest = digests.combined(files)
@@ -207,12 +187,13 @@ def _write(
         "git.commit": facts["git"]["commit"],
         "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
         **lineage.trained_on(reports),
+        **gates.agreement_tags(reports),
         "lineage": json.dumps(facts | {"digests": files}, ensure_ascii=False),
         **signing.sign(params.name, release, reports, files, facts),
     }
     review = tracking.find_run(client, facts["runs"].get("review"))
     if review:
-        tracking.upload(client, review.info.run_id, evidence.folder(reports, digest), evidence.ARTIFACT)
+        tracking.upload(client, review.info.run_id, evidence.folder(reports, digest), evidence.artifact(digest))
     if version:
         return tracking.tag_version(client, version, tags)
     return client.create_model_version(
@@ -247,12 +228,14 @@ def _move(
     record = _record(name, chosen, live, action, now)
     record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
     tags = decisions.tags(record, reports)
-    with stage.replacing(file) as fresh:  # a full disk or a dead server: neither alias nor record without the other
+    # a full disk or a dead server: neither alias nor record without the other
+    with locks.exclusively(client, name), stage.replacing(file) as fresh:
+        _require_unmoved(client, name, live)
         stage.write_json(fresh, record)
-        tracking.tag_version(client, chosen, tags)
-        client.set_registered_model_alias(name, CHAMPION, chosen.version)
         if live:
             client.set_registered_model_alias(name, PREVIOUS, live.version)
+        tracking.tag_version(client, chosen, tags)
+        client.set_registered_model_alias(name, CHAMPION, chosen.version)
         if number(client, name, CHALLENGER) == int(chosen.version):
             client.delete_registered_model_alias(name, CHALLENGER)
     return record

@@ -10,6 +10,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,40 @@ def stale_stages() -> list[str]:
     return sorted(json.loads(done.stdout or "{}"))
 
 
+def push(output: Path) -> None:
+    """Copy an output to DVC's default remote, where there is one; raises `UserError` when the remote refuses."""
+    if not _dvc_config(root())["core"].get("remote"):
+        return
+    command = [sys.executable, "-m", "dvc", "push", "--quiet", output.as_posix()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["?"])[-1]
+        raise UserError(f"`dvc push` fails ({reason}); the bytes of a version must be where others can get them.")
+
+
+def pull(md5: str) -> None:
+    """Bring a folder that dvc.lock once named by `md5` from DVC's default remote into its cache.
+
+    Raises `UserError` when there is no remote, or when the remote has not got it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo  # a second of import
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    if not _dvc_config(root())["core"].get("remote"):
+        raise UserError("DVC has no default remote to pull from; name one with `dvc remote add -d`.")
+    try:
+        with Repo(str(root())) as repo:
+            missing = repo.cloud.pull([HashInfo("md5", md5)]).failed or not _cached(md5).exists()
+            if not missing:  # a folder is a list of files
+                entries = json.loads(_cached(md5).read_text(encoding="utf-8"))
+                missing = repo.cloud.pull({HashInfo("md5", entry["md5"]) for entry in entries}).failed
+    except (DvcException, OSError) as error:
+        raise UserError(f"DVC's remote does not give {md5} ({error}); check it with `dvc status -c`.") from None
+    if missing:
+        raise UserError(f"DVC's remote has not got {md5}; `dvc push` where the model was registered brings it there.")
+
+
 def output_hashes() -> dict[str, str]:
     """md5 of every output in dvc.lock, by path; `.dir` marks a folder."""
     return {out["path"]: out["md5"] for stage in stages().values() for out in stage.get("outs", []) if "md5" in out}
@@ -120,14 +156,11 @@ def check_out(md5: str, path: Path, target: Path) -> None:
 
     Raises `FileNotFoundError` when neither has it.
     """
-    from dvc.config import Config  # half a second of import
-
-    cache = Path(Config(str(root() / ".dvc"))["cache"].get("dir") or root() / ".dvc" / "cache") / "files" / "md5"
-    cached = cache / md5[:2] / md5[2:]
+    cached = _cached(md5)
     if md5.endswith(".dir"):
         target.mkdir()
         for entry in json.loads(cached.read_text(encoding="utf-8")):
-            _link(cache / entry["md5"][:2] / entry["md5"][2:], target / entry["relpath"])
+            _link(_cached(entry["md5"]), target / entry["relpath"])
     elif cached.exists():
         shutil.copyfile(cached, target)
     else:
@@ -135,6 +168,19 @@ def check_out(md5: str, path: Path, target: Path) -> None:
         if _md5(content) != md5:
             raise FileNotFoundError(errno.ENOENT, "neither DVC's cache nor the commit holds it", str(path))
         target.write_bytes(content)
+
+
+def _cached(md5: str) -> Path:
+    """Where DVC's cache keeps what has this md5."""
+    folder = Path(_dvc_config(root())["cache"].get("dir") or root() / ".dvc" / "cache")
+    return folder / "files" / "md5" / md5[:2] / md5[2:]
+
+
+@cache
+def _dvc_config(repository: Path) -> Mapping[str, Any]:
+    from dvc.config import Config  # half a second of import
+
+    return Config(str(repository / ".dvc"))
 
 
 def _link(cached: Path, target: Path) -> None:

@@ -63,7 +63,8 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
     stage.say(f"review     {page}: {held} of {len(found)} gates hold")
     bits = content["chat"]["bits_per_byte"]
     delta = {"bits_per_byte_minus_champion": bits - champion["bits_per_byte"]} if champion else {}
-    return {"gates_passed": held, "gates_total": len(found)} | delta | compare.summary(comparison)
+    counts = {"gates_passed": held, "gates_total": len(found), "compared_with": champion.get("version")}
+    return counts | delta | compare.summary(comparison)
 
 
 def _reports(reports: Path) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def advice(error: BaseException) -> tuple[str, int] | None:
             return f"the device failed: {reason.rstrip('.')}; run again, the previous output is unchanged.", 2
         case PermissionError() if error.filename:
             return f"{error.filename} is not yours to use; correct its permissions and run again.", 2
+        case _ if "mlflow.exceptions" in sys.modules and (sentence := tracking.trouble(error)):
+            return sentence, 2
     return None
 
 

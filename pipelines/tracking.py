@@ -17,10 +17,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from filelock import FileLock
 from pydantic import BaseModel
 
@@ -30,7 +30,7 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
@@ -81,7 +81,7 @@ def connect() -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it also raises
     home().mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_file()):
+    with FileLock(lock_file()):
         try:
             client = MlflowClient(tracking_uri=uri(), registry_uri=uri())
             client.search_experiments(max_results=1)
@@ -92,7 +92,7 @@ def connect() -> MlflowClient:
     return client
 
 
-def _lock_file() -> Path:
+def lock_file() -> Path:
     """Beside an sqlite database, so that every repository which uses it takes the same lock; else our own."""
     scheme, _, path = uri().partition(":///")
     return Path(f"{path}.lock") if scheme == "sqlite" and Path(path).parent.is_dir() else home() / "lock"
@@ -163,7 +163,7 @@ class Run:
         client.delete_run(self.run_id)
         self.run_id, self._logged = earlier.info.run_id, logged
         self._send({"status": "RUNNING"})
-        self._send({"tags": {name: tags[name] for name in (PARENT, *process_tags()) if name in tags}})
+        self._send({"tags": {name: tags[name] for name in (PARENT, *processes.tags()) if name in tags}})
 
     def when_finished(self, action: Callable[[], None]) -> None:
         """Do this once everything that the run makes is written: dropping checkpoints, for example."""
@@ -179,7 +179,14 @@ class Run:
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
-        return next((run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)), None)
+        return next(
+            (
+                run
+                for run in runs
+                if run.info.status != "FINISHED" and not processes.is_alive(run.data.tags.get("process", ""))
+            ),
+            None,
+        )
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
@@ -250,16 +257,11 @@ def _pipeline_process() -> psutil.Process | None:
     return processes.ancestor(lambda words: "dvc" in words or "pipelines.workbench.trials" in words)
 
 
-def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process that a run names still runs; one on another host counts as alive."""
-    return processes.is_alive(tags.get("process", ""))
-
-
 def reap(client: MlflowClient) -> int:
     """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
     found = client.get_experiment_by_name(EXPERIMENT)
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
-    dead = [run for run in running if not is_alive(run.data.tags)]
+    dead = [run for run in running if not processes.is_alive(run.data.tags.get("process", ""))]
     for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
         status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
         client.set_terminated(run.info.run_id, status)
@@ -272,16 +274,11 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
     return next((status for status in ("KILLED", "FAILED") if status in stages), "FINISHED")
 
 
-def process_tags() -> dict[str, str]:
-    """The tag that tells `is_alive` whether this process still runs."""
-    return {"process": processes.identity()}
-
-
 def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     """Everything that says where a run comes from."""
     stage = os.environ.get("DVC_STAGE", "")
     text = section.model_dump_json() if section else "{}"
-    tags = process_tags() | live.tags()
+    tags = processes.tags() | live.tags()
     tags |= {
         "stage": label,
         "git.baseline": repository.commit(),
@@ -378,27 +375,54 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
-def create_model(client: MlflowClient, name: str, description: str) -> None:
-    """A registered model of that name; fine when there is one."""
+def trouble(error: BaseException | None) -> str | None:
+    """The sentence for a server that went away or refuses, None for any other error."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        client.create_registered_model(name, description=description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    if not isinstance(error, MlflowException):
+        return None
+    if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+        return f"{_where()} refuses: {error.message.removeprefix('PERMISSION_DENIED: ')}."
+    if "failed with exception" in error.message:
+        return f"{_where()} does not answer ({_reason(error)}); run the same command again when it does."
+    return None
+
+
+def create_model(client: MlflowClient, name: str, description: str, tags: dict[str, str] | None = None) -> bool:
+    """A registered model of that name; False when there was one."""
+    make = partial(client.create_registered_model, name, tags, description)
+    return _unless(make, "RESOURCE_ALREADY_EXISTS") is not None
+
+
+def find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
+    """The registered model of that name, None when there is none."""
+    return _unless(partial(client.get_registered_model, name), "RESOURCE_DOES_NOT_EXIST")
+
+
+def delete_model(client: MlflowClient, name: str) -> None:
+    """Delete a registered model; one that is gone, is not ours, or lies on a server that does not answer, stays so."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):
+        client.delete_registered_model(name)
 
 
 def version_behind(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The model version that an alias names, None when it names none."""
+    find = partial(client.get_model_version_by_alias, name, alias)
+    return _unless(find, "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def _unless(request: Callable[[], Any], *codes: str) -> Any:
+    """What the server answers, None when it refuses with one of the error codes."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, alias)
+        return request()
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+        if error.error_code not in codes:
+            raise
+        return None
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:

@@ -62,7 +62,7 @@ def bytes_of(version: ModelVersion, release: Path, into: Path) -> Path:
     Raises `UserError` when DVC's cache has not got them.
     """
     md5 = json.loads(version.tags.get("lineage", "{}")).get("dvc", {}).get(EXPORTED, "none")
-    if md5 == repository.output_hashes().get(EXPORTED):
+    if md5 == repository.output_hashes().get(EXPORTED) and release.exists():
         return release
     try:
         repository.check_out(md5, Path(EXPORTED), into)

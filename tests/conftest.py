@@ -46,6 +46,7 @@ SMALL = {
         "checkpoint_every": 2,
     },
     "finetune": {"steps": 6, "batch_tokens": 256, "sequence_length": 64, "checkpoint_every": 2},
+    "agreement": {"documents": 8, "float32": {"kl": 2e-7, "top1_agreement": 0.95, "difference": 0.1}},
     "evaluate": {"sequence_length": 64, "max_bytes": 20_000, "sample_tokens": 4},
 }
 MODEL = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,7 @@ def promote(
     for gate in record["gates"]:
         typer.echo(f"holds  {gate['name']}: {gate['what']}")
     typer.echo(f"{name} version {record['version']} is the champion now; the record is in {REPORTS}/releases")
+    _await_server(record)
 
 
 def rollback(comment: Comment = "") -> None:
@@ -48,3 +49,15 @@ def rollback(comment: Comment = "") -> None:
     record = roll_back(load_params(PARAMS).register_, REPORTS, comment)
     what = f"{record['model']} version {record['version']}"
     typer.echo(f"{what} is the champion again (it replaces {record['replaces']})")
+    _await_server(record)
+
+
+def _await_server(record: dict[str, Any]) -> None:
+    """Wait for the server of this repository to follow, where one runs."""
+    from pipelines.deploy import Target
+    from pipelines.endpoint import await_version
+    from pipelines.register import CHAMPION
+
+    seconds = await_version(Target(record["model"], CHAMPION), record["version"])
+    if seconds is not None:
+        typer.echo(f"the server answers with version {record['version']} after {seconds:.1f} s")

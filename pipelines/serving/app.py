@@ -30,14 +30,20 @@ RETRY_AFTER_S = 1
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def create_app(manager: Manager, params: Serve, ledger: Ledger, callers: Mapping[str, str] | None = None) -> FastAPI:
-    """The application. callers: bearer token -> who it is; None: everybody, without a token."""
+def create_app(
+    manager: Manager,
+    params: Serve,
+    ledger: Ledger,
+    callers: Mapping[str, str] | None = None,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> FastAPI:
+    """The application. callers: bearer token -> who it is; None: everybody, without a token. more: for /health."""
     app = FastAPI(title="Shovel", docs_url=None, redoc_url=None)
     metrics = Metrics(manager)
     app.add_middleware(Guard, callers=callers, max_bytes=params.max_body_kib * 1024, count=metrics.count)
     app.add_exception_handler(ApiError, lambda request, error: error.response())
     app.add_exception_handler(HTTPException, lambda request, error: _http_error(error))
-    _add_pages(app, manager, metrics)
+    _add_pages(app, manager, metrics, more)
 
     def account(request: Request, call: Call) -> None:
         metrics.generated(call.request, call.usage)
@@ -69,14 +75,14 @@ def create_app(manager: Manager, params: Serve, ledger: Ledger, callers: Mapping
     return app
 
 
-def _add_pages(app: FastAPI, manager: Manager, metrics: Metrics) -> None:
+def _add_pages(app: FastAPI, manager: Manager, metrics: Metrics, more: Callable[[], dict[str, Any]]) -> None:
     @app.get("/health")
     def health() -> JSONResponse:
         """200 once a model answers, else 503."""
         engine = manager.current
         if engine is None or not engine.alive:
-            return JSONResponse({"status": "loading"}, 503)
-        return JSONResponse({"status": "ready", "model": engine.name, "version": engine.version})
+            return JSONResponse({"status": "loading"} | more(), 503)
+        return JSONResponse({"status": "ready", "model": engine.name, "version": engine.version} | more())
 
     @app.get("/metrics")
     def prometheus() -> Response:

@@ -36,5 +36,7 @@ def test_files_and_functions_stay_short_and_say_what_they_return(path: Path) -> 
 
 
 def test_mlflow_has_one_door() -> None:
-    users = [path.name for path in SOURCES if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)]
+    """Besides what runs inside its server."""
+    ours = [path for path in SOURCES if path.parent.name != "server"]
+    users = [path.name for path in ours if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)]
     assert users == ["tracking.py"]

@@ -13,7 +13,19 @@ from mlflow import MlflowClient
 
 from pipelines import stage
 
-STAGES = ["fetch", "clean", "contracts", "encode", "pretrain", "finetune", "baselines", "evaluate", "export", "review"]
+STAGES = [
+    "fetch",
+    "clean",
+    "contracts",
+    "encode",
+    "pretrain",
+    "finetune",
+    "baselines",
+    "evaluate",
+    "export",
+    "agreement",
+    "review",
+]
 
 
 def ran(output: str) -> set[str]:
@@ -50,7 +62,9 @@ def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, 
     pretrain = runs["pretrain"]
     assert pretrain.data.params["steps"] == "12" and pretrain.data.tags["dvc.stage"] == "pretrain"
     assert pretrain.data.tags["git.baseline"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
-    computed = [runs[name] for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat", "export")]
+    computed = [
+        runs[name] for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat", "export", "agreement")
+    ]
     assert {(run.data.tags["device"], run.data.tags["emulated"]) for run in computed} == {("cpu", "false")}
     assert all(json.loads(run.data.tags["kernels"])["attention"] == "reference" for run in computed)
     lock = (project.folder / "dvc.lock").read_text()
@@ -160,7 +174,7 @@ def test_one_parameter_of_finetune_reruns_nothing_before_it_and_comes_back_from_
     first_run = project.read("reports/runs/finetune.json")
     project.set_params(finetune={"learning_rate": 1e-4})
     done = project.run("dvc", "repro")
-    assert ran(done.stdout) == {"finetune", "evaluate", "export", "review"}
+    assert ran(done.stdout) == {"finetune", "evaluate", "export", "agreement", "review"}
     assert digest(project.folder / "data/models/chat/model.safetensors") != before
     assert project.read("reports/runs/finetune.json") != first_run
 
