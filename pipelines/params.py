@@ -21,6 +21,10 @@ Schema = TypeVar("Schema", bound=BaseModel)
 class UserError(Exception):
     """Something a person can mend: the message is one sentence with the fix; commands print it and exit with 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Notebooks show the sentence, not where it was raised."""
+        return [f"UserError: {self}"]
+
 
 class Section(BaseModel):
     """A frozen section: unknown keys are refused and `"8"` is not a number."""

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import digests, gates, lineage, repository, stage, tracking
+from pipelines import digests, gates, lineage, live, repository, stage, tracking
 from pipelines.params import Params, Register, UserError, load_params
 
 if TYPE_CHECKING:
@@ -94,10 +94,43 @@ def champion_folder(params: Register, release: Path) -> Path:
     return release
 
 
+def folder_of(version: ModelVersion, release: Path) -> Path:
+    """A folder with the bytes of a version: `release` where it holds them, else a copy out of DVC's cache.
+
+    Raises `UserError` when neither has them.
+    """
+    if (release / "config.json").exists() and digests.of_folder(release) == version.tags.get("digest"):
+        return release
+    md5 = json.loads(version.tags.get("lineage", "{}")).get("dvc", {}).get(release.as_posix(), "")
+    copy = live.home() / "models" / version.tags.get("digest", "")[:16]
+    if not copy.exists():
+        try:
+            with stage.replacing(copy) as fresh:
+                repository.check_out(md5, release, fresh)
+        except (OSError, ValueError):
+            raise UserError(
+                f"the bytes of version {version.version} are not on this machine; "
+                f"`git checkout {version.tags.get('git.commit', '')[:12]} dvc.lock && dvc pull {release}` brings them."
+            ) from None
+    return copy
+
+
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     """All versions of the model, newest first."""
     found = client.search_model_versions(f"name = '{name}'")
     return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def version(params: Register, which: int | str) -> ModelVersion:
+    """A version by number or alias; raises `UserError` when there is none."""
+    client, name = tracking.connect(), params.name
+    if isinstance(which, int) or which.isdigit():
+        found = next((known for known in versions(client, name) if int(known.version) == int(which)), None)
+    else:
+        found = tracking.version_behind(client, name, which)
+    if found is None:
+        raise UserError(f"{name} has no version {which!r}; `shovel status` names those there are.")
+    return found
 
 
 def number(client: MlflowClient, name: str, alias: str) -> int | None:

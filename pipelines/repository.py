@@ -25,6 +25,12 @@ def root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
+def enter() -> None:
+    """Make the repository's root the working directory: the one around it, else the one that this file belongs to."""
+    here = root()
+    os.chdir(here if (here / "dvc.yaml").exists() else Path(__file__).parents[1])
+
+
 def git(*arguments: str) -> str:
     """Output of a git command, the empty string when it fails (no repository, no commit, no git)."""
     return _git(*arguments).decode(errors="replace").rstrip("\n")

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines import repository, tracking
+from pipelines import live, repository, tracking
 from pipelines.params import Params, UserError, load_params
 
 REPORTS = Path("reports")
@@ -43,7 +43,8 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
     `evaluate` of `base` and of `chat`. Writes reports/<name>[-variant].json and reports/runs/<same>.json.
     """
     label = f"{name}-{variant}" if variant else name
-    with exits(label):
+    global _file
+    with exits(label), live.stage_progress(label, _reason) as _file:
         params = load_params()
         require_room()
         with tracking.stage_run(label, getattr(params, name, None)) as run:
@@ -52,6 +53,9 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
             write_json(REPORTS / f"{label}.json", metrics)
             write_json(REPORTS / "runs" / f"{label}.json", {"experiment_id": run.experiment_id, "run_id": run.run_id})
             require_room()
+
+
+_file = live.Progress(None)  # where this process' stage tells how far it is
 
 
 @contextmanager
@@ -94,6 +98,11 @@ def advice(error: BaseException) -> tuple[str, int] | None:
         case PermissionError() if error.filename:
             return f"{error.filename} is not yours to use; correct its permissions and run again.", 2
     return None
+
+
+def _reason(error: BaseException) -> str:
+    found = advice(error)
+    return found[0] if found else f"{type(error).__name__}: {error}"
 
 
 def require_room() -> None:
@@ -191,13 +200,15 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, nothing elsewhere. Yields `advance(amount=1, text="")`."""
+    """A bar on a terminal, and the stage's progress file. Yields `advance(amount=1, text="", **figures_of_a_step)`."""
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not console.is_terminal
     with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True, disable=quiet) as bars:
         task = bars.add_task(description, total=total, text="")
+        _file.begin(description, total)
 
-        def advance(amount: float = 1, text: str = "") -> None:
+        def advance(amount: float = 1, text: str = "", **figures: Any) -> None:
+            _file.advance(amount, figures)
             if _interrupted.is_set():
                 raise KeyboardInterrupt
             bars.update(task, advance=amount, **({"text": text} if text else {}))

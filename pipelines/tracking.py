@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import psutil
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipelines import repository
+from pipelines import processes, repository
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -174,7 +175,10 @@ class Run:
     def _earlier(self, key: str) -> MlflowRun | None:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
-        return next((run for run in runs if run.info.status != "FINISHED" and not _is_alive(run.data.tags)), None)
+        return next(
+            (run for run in runs if run.info.status != "FINISHED" and not _is_alive(run)),
+            None,
+        )
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the server, or into a file when it does not answer; the rest of the run goes there too, in order."""
@@ -225,10 +229,10 @@ def _start(label: str, section: BaseModel | None) -> Run:
 
 def _parent(client: MlflowClient, experiment: str) -> str | None:
     """The run of the `dvc repro` that started this process, made by its first stage."""
-    dvc = _dvc_process()
-    if dvc is None:
+    pipeline = _pipeline_process()
+    if pipeline is None:
         return None
-    identity = _identity(dvc)
+    identity = processes.identity(pipeline)
     with FileLock(home() / "parent.lock"):
         found = client.search_runs([experiment], f"tags.pipeline = '{identity}'", max_results=1)
         if found:
@@ -238,37 +242,20 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
-def _dvc_process() -> psutil.Process | None:
-    """The nearest ancestor that is a `dvc` command."""
-    for process in psutil.Process().parents():
-        with suppress(psutil.Error):
-            words = [Path(word).name for word in process.cmdline()[:3]]
-            if "dvc" in words:
-                return process
-    return None
+def _pipeline_process() -> psutil.Process | None:
+    """The nearest ancestor that runs stages: a `dvc` command, or a run in a folder of its own."""
+    return processes.ancestor(lambda words: "dvc" in words or "pipelines.workbench.trials" in words)
 
 
-def _identity(process: psutil.Process) -> str:
-    """host:pid:start, which no other process ever has."""
-    return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
-
-
-def _is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process that a run names still runs; one on another host counts as alive."""
-    host, pid, started = (tags.get("process") or "?:0:0").rsplit(":", 2)
-    if host != platform.node():
-        return host != "?"
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
-    except psutil.Error:
-        return False
+def _is_alive(run: MlflowRun) -> bool:
+    return processes.is_alive(run.data.tags.get("process", ""))
 
 
 def reap(client: MlflowClient) -> int:
     """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
     found = client.get_experiment_by_name(EXPERIMENT)
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
-    dead = [run for run in running if not _is_alive(run.data.tags)]
+    dead = [run for run in running if not _is_alive(run)]
     for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
         status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
         client.set_terminated(run.info.run_id, status)
@@ -282,7 +269,7 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
 
 
 def _process_tags() -> dict[str, str]:
-    return {"process": _identity(psutil.Process())}
+    return {"process": processes.identity()}
 
 
 def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
@@ -417,6 +404,56 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
     try:
         return client.get_run(run_id) if run_id else None
     except MlflowException:
+        return None
+
+
+def pipelines(figures: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row a pipeline or run with overrides: name, kind, created, status, commit, overrides, run_id, and of each of
+    its stages the metrics `figures` as `stage/figure`; stages that were started by hand have rows of their own."""
+    client = connect()
+    rows: dict[str, dict[str, Any]] = {}
+    for run in _all_runs(client):
+        tags = run.data.tags
+        row = rows.setdefault(tags.get(PARENT, run.info.run_id), {})
+        if PARENT not in tags:
+            row |= _as_row(run)
+        row |= {f"{tags['stage']}/{key}": value for key, value in run.data.metrics.items() if key in figures}
+    return [row for row in rows.values() if "name" in row]
+
+
+def _as_row(run: MlflowRun) -> dict[str, Any]:
+    tags = run.data.tags
+    kind = "run" if "overrides" in tags else "experiment" if "dvc.exp_name" in tags else "pipeline"
+    return {
+        "name": run.info.run_name,
+        "kind": kind if "stage" not in tags else "stage",
+        "created": datetime.fromtimestamp(run.info.start_time / 1000),
+        "status": run.info.status.lower(),
+        "commit": tags.get("git.baseline", "")[:7],
+        "overrides": tags.get("overrides", ""),
+        "run_id": run.info.run_id,
+    }
+
+
+def _all_runs(client: MlflowClient) -> Iterator[MlflowRun]:
+    """Of this project, the newest first."""
+    token = None
+    while token is None or token:
+        page = client.search_runs([experiment_id(client)], max_results=1000, page_token=token)
+        yield from page
+        token = page.token or ""
+
+
+def fetch_artifact(run_id: str | None, name: str, folder: Path) -> Path | None:
+    """A copy of an artifact in `folder`; None where the run or the artifact is not known here."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect()
+    found = find_run(client, run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(client.download_artifacts(found.info.run_id, name, str(folder))) if found else None
+    except (MlflowException, OSError):
         return None
 
 

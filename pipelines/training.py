@@ -34,6 +34,7 @@ COLUMNS = (
     "min_load_over_mean",
     "tokens_per_s",
 )
+LIVE = ("loss", "mtp_loss", "learning_rate", "tokens_per_s")  # figures that a watcher of the training sees
 CODE = ("model", "kernels/moe_kernels")
 SOURCES = (".py", ".cpp", ".h")
 
@@ -66,11 +67,14 @@ def fit(
     run.tag(checkpoint_key=key, **environment.tags(device))
     fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
     config = TrainConfig(**fields)
+    behind = int(resumed.name.rpartition("-")[2]) if resumed else 0
     with progress(stage, config.steps) as advance:
 
         def report(step: int, record: Record) -> None:
-            run.log({f"train/{name}": value for name, value in _shown(record, device).items()}, step)
-            advance(1, _live(net.config, config, record, device))
+            shown = _shown(record, device)
+            run.log({f"train/{name}": value for name, value in shown.items()}, step)
+            figures = {name: shown[name] for name in LIVE if name in shown} | {"replayed": step < behind}
+            advance(1, _live(net.config, config, record, device), step=step, **figures)
 
         try:
             history = train(net, rows, config, store, device, report)

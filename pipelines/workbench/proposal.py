@@ -1,0 +1,121 @@
+"""From a result to a decision: a version as challenger, its review, the way to champion and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import digests, gates, live, register, stage, tracking
+from pipelines.params import Params, UserError
+from pipelines.workbench.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RELEASE, REPORTS = Path("data/models/release"), Path("reports")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the registered model, as it is now. role: champion, challenger, previous or nothing."""
+
+    name: str
+    version: int
+    role: str
+    digest: str
+    bits_per_byte: float | None
+    commit: str
+
+    def __repr__(self) -> str:
+        bits = f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else ""
+        return f"{self.name} version {self.version}{f', {self.role}' if self.role else ''}{bits}, {self.digest[:12]}"
+
+
+def version(params: Params, which: int | str) -> Version:
+    """A version by number or alias; raises `UserError` when there is none."""
+    return _described(params, register.version(params.register_, which))
+
+
+def _described(params: Params, found: Any) -> Version:
+    roles = register.status(params.register_)
+    role = next((alias for alias, entry in roles.items() if entry["version"] == int(found.version)), "")
+    tags = found.tags
+    digest, commit = tags.get("digest", ""), tags.get("git.commit", "")
+    return Version(params.register_.name, int(found.version), role, digest, register.bits_of(found), commit)
+
+
+def propose(params: Params, run: Run | None) -> Version:
+    """Register the release of the working tree as challenger. run: must be what the working tree holds.
+
+    Raises `UserError` when it is not, or when a stage is stale.
+    """
+    if run and run.id != live.WORKSPACE:
+        for label, run_id in run.mlflow_ids.items():
+            recorded = REPORTS / "runs" / f"{label}.json"
+            if not recorded.exists() or stage.read_json(recorded, made_by=label)["run_id"] != run_id:
+                raise UserError(
+                    f"{run.id} is not what the repository holds; project.keep(run), then `shovel run` "
+                    f"makes what follows from it, and it can be proposed."
+                )
+    return _described(params, register.register(params.register_, RELEASE, REPORTS))
+
+
+class Review:
+    """What a person decides on: gates that hold or not, and the page with everything else.
+
+    Attributes:
+        version: the `Version` it is about.
+        gates: one row a condition: holds, what was found. Empty where the working tree holds another model.
+        page: the review page, a file that needs no network.
+    """
+
+    def __init__(self, version: Version, table: pd.DataFrame, page: Path) -> None:
+        self.version, self.gates, self.page = version, table, page
+
+    def __repr__(self) -> str:
+        rows = [f"{'holds' if row.holds else 'FAILS'}  {name}: {row.found}" for name, row in self.gates.iterrows()]
+        return "\n".join([repr(self.version), *rows, self.page.resolve().as_uri()])
+
+    def _repr_html_(self) -> str:
+        import html
+
+        inside = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
+        style = "width:100%;height:36em;border:1px solid #8884;background:white"
+        frame = f'<iframe srcdoc="{inside}" style="{style}"></iframe>'
+        return f"<b>{html.escape(repr(self.version))}</b>{self.gates.to_html() if len(self.gates) else ''}{frame}"
+
+
+def review(params: Params, which: int | str | None) -> Review:
+    """The review of a version: by number or alias; the challenger, else the champion, when none is named."""
+    import pandas as pd
+
+    known = register.status(params.register_)
+    if which is None and not known:
+        raise UserError(f"{params.register_.name} has no version yet; `shovel propose` makes one.")
+    found = register.version(params.register_, which or next(a for a in _ORDER if a in known))
+    about = _described(params, found)
+    mine = (RELEASE / "config.json").exists() and digests.of_folder(RELEASE) == about.digest
+    champion = known.get(register.CHAMPION)
+    bits = champion["bits_per_byte"] if champion and champion["version"] != about.version else None
+    conditions = gates.of_reports(params, REPORTS, bits) if mine else []
+    rows = {gate.name: {"holds": gate.passed, "found": gate.what} for gate in conditions}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["holds", "found"])
+    return Review(about, table, _page(found, about, mine))
+
+
+_ORDER = (register.CHALLENGER, register.CHAMPION, register.PREVIOUS)
+
+
+def _page(found: Any, about: Version, mine: bool) -> Path:
+    """The review page of a version: the one of the working tree where it is about this model, else MLflow's copy."""
+    page = REPORTS / "review.html"
+    if mine and page.exists():
+        return page
+    copy = tracking.fetch_artifact(found.run_id, "review.html", live.home() / "reviews" / str(about.version))
+    if copy is None:
+        raise UserError(
+            f"version {about.version} has no review page here; "
+            f"`git checkout {about.commit[:12]} && dvc pull` brings it."
+        )
+    return copy
