@@ -10,8 +10,8 @@ base, chat
 
 # %% [markdown]
 # ## Before and after
-# The base model goes on writing, the chat model answers. Eleven million weights and ten minutes make a model of Django's
-# tone of voice, not of its meaning.
+# The base model goes on writing, the chat model answers. Eleven million weights and six minutes of training catch the
+# tone of Django's documentation, not its meaning.
 
 # %%
 print(base.generate("The `filter` method returns", max_new_tokens=48))

@@ -68,8 +68,8 @@ def stages() -> dict[str, Any]:
 
 
 def stale_stages() -> list[str]:
-    """Stages whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    """Stages of dvc.yaml whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
+    command = [sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"`dvc status` fails ({(done.stderr.strip().splitlines() or ['?'])[0]}); mend that first.")
@@ -81,19 +81,24 @@ def output_hashes() -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages().values() for out in stage.get("outs", []) if "md5" in out}
 
 
+def cache() -> Path:
+    """The folder of DVC's cache."""
+    from dvc.config import Config  # half a second of import
+
+    return Path(Config(str(root() / ".dvc"))["cache"].get("dir") or root() / ".dvc" / "cache")
+
+
 def check_out(md5: str, path: Path, target: Path) -> None:
     """Make `target` the output `path` as dvc.lock names it by `md5`, from DVC's cache or from the commit.
 
     Raises `FileNotFoundError` when neither has it.
     """
-    from dvc.config import Config  # half a second of import
-
-    cache = Path(Config(str(root() / ".dvc"))["cache"].get("dir") or root() / ".dvc" / "cache") / "files" / "md5"
-    cached = cache / md5[:2] / md5[2:]
+    files = cache() / "files" / "md5"
+    cached = files / md5[:2] / md5[2:]
     if md5.endswith(".dir"):
         target.mkdir()
         for entry in json.loads(cached.read_text(encoding="utf-8")):
-            _link(cache / entry["md5"][:2] / entry["md5"][2:], target / entry["relpath"])
+            _link(files / entry["md5"][:2] / entry["md5"][2:], target / entry["relpath"])
     elif cached.exists():
         shutil.copyfile(cached, target)
     else:

@@ -53,14 +53,14 @@ class Stage:
 def all_stages() -> dict[str, Stage]:
     """All stages in an order in which they can run, without their states."""
     with _repo() as repo:
-        return _ordered([_described(stage) for stage in repo.index.stages])
+        return _ordered([_described(stage) for stage in _stages(repo)])
 
 
 def states() -> dict[str, Stage]:
     """All stages in an order in which they can run, each with its state and, when it is not fresh, the reason."""
     with _repo() as repo:
-        known = _ordered([_described(stage) for stage in repo.index.stages])
-        changed = {stage.addressing: _changes(stage) for stage in repo.index.stages}
+        known = _ordered([_described(stage) for stage in _stages(repo)])
+        changed = {stage.addressing: _changes(stage) for stage in _stages(repo)}
     found: dict[str, Stage] = {}
     for name, stage in known.items():
         stale = [maker.name for maker in makers(stage, known) if found[maker.name].state != FRESH]
@@ -114,7 +114,7 @@ def input_digests(names: Iterable[str]) -> dict[str, str]:
     """What DVC knows the dependencies of these stages by, now: path -> md5; empty where one does not exist."""
     wanted = set(names)
     with _repo() as repo:
-        deps = [dep for stage in repo.index.stages if stage.addressing in wanted for dep in _files(stage)]
+        deps = [dep for stage in _stages(repo) if stage.addressing in wanted for dep in _files(stage)]
         return {dep.def_path: dep.get_hash().value if dep.exists else "" for dep in deps}
 
 
@@ -138,6 +138,11 @@ def _repo() -> Any:
         return Repo(str(repository.root()))
     except DvcException as error:
         raise UserError(f"DVC cannot read this repository ({error}); mend that first.") from None
+
+
+def _stages(repo: Any) -> list[Any]:
+    """Those of dvc.yaml at the root; notebooks/dvc.yaml is nobody's input."""
+    return [stage for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"]
 
 
 def _files(stage: Any) -> list[Any]:
