@@ -41,6 +41,12 @@ def place() -> str:
     return WORKSPACE if here == repository.root().resolve() else os.environ.get("DVC_EXP_NAME", here.name)
 
 
+def card() -> dict[str, Any]:
+    """What run this process is a part of: the run.json of a run with a folder of its own; empty for the others."""
+    file = Path("run.json")
+    return json.loads(file.read_text(encoding="utf-8")) if place() != WORKSPACE and file.exists() else {}
+
+
 def file_of(where: str, label: str) -> Path:
     """The progress file of a stage at a place."""
     return home() / where / "progress" / f"{label}.jsonl"

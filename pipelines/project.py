@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import repository as _repository
 from pipelines.params import UserError
+from pipelines.workbench import kernel as _kernel
 from pipelines.workbench.runs import Run
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "watch",
 ]
 _repository.enter()
+_kernel.check()
 
 
 def stages() -> pd.DataFrame:
@@ -88,6 +90,7 @@ def run(stage: str, upto: bool = False, *, wait: bool = True, **overrides: Any) 
     >>> project.run("evaluate@chat", upto=True, finetune={"learning_rate": 1e-3})
     >>> project.run("review", upto=True)
     """
+    _kernel.check()
     from pipelines.workbench import running
 
     return running.run(stage, upto, overrides, wait)
@@ -132,6 +135,7 @@ def keep(run: Run | str) -> Kept:
 
     >>> project.keep(run)
     """
+    _kernel.check()
     from pipelines.workbench import keeping
 
     return keeping.keep(attach(run))
@@ -142,6 +146,7 @@ def experiments() -> pd.DataFrame:
 
     >>> project.experiments().sort_values("evaluate-chat/bits_per_byte")
     """
+    _kernel.check()
     from pipelines.workbench import experiments as table
 
     return table.table()
@@ -157,6 +162,7 @@ def compare(a: Run | str, b: Run | str = "workspace") -> Comparison:
     >>> project.compare("champion", "challenger").metrics
     >>> project.compare("HEAD~1", run).curves["pretrain"].plot()
     """
+    _kernel.check()
     from pipelines.params import load_params
     from pipelines.workbench import compare as comparing
 
@@ -173,6 +179,7 @@ def model(which: Run | str | int | Path = "champion") -> Model:
     >>> project.model("champion").chat("What is AI?")
     >>> project.model(run).score(["def f(x):", "To be, or not to be"])
     """
+    _kernel.check()
     from pipelines.workbench import choosing
 
     return choosing.model(which)
@@ -185,6 +192,7 @@ def propose(run: Run | str | None = None) -> Version:
 
     >>> project.propose(run)
     """
+    _kernel.check()
     from pipelines.params import load_params
     from pipelines.workbench import proposal
 
@@ -198,6 +206,7 @@ def review(version: int | str | None = None) -> Review:
 
     >>> project.review()
     """
+    _kernel.check()
     from pipelines.params import load_params
     from pipelines.workbench import proposal
 
@@ -209,6 +218,7 @@ def promote(version: int | None = None) -> Version:
 
     Raises `UserError` that names every gate which does not hold; nothing is moved then.
     """
+    _kernel.check()
     from pipelines import register
     from pipelines.params import load_params
     from pipelines.workbench import proposal

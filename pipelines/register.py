@@ -75,10 +75,14 @@ def rollback(params: Register, reports: Path) -> dict[str, Any]:
 
 
 def status(params: Register) -> dict[str, dict[str, Any]]:
-    """Version and bits per byte behind each alias that is set."""
+    """Version, bits per byte and digest behind each alias that is set."""
     client = tracking.connect()
     found = {alias: tracking.version_behind(client, params.name, alias) for alias in (CHAMPION, CHALLENGER, PREVIOUS)}
-    return {alias: {"version": int(v.version), "bits_per_byte": bits_of(v)} for alias, v in found.items() if v}
+    return {
+        alias: {"version": int(v.version), "bits_per_byte": bits_of(v), "digest": v.tags.get("digest")}
+        for alias, v in found.items()
+        if v
+    }
 
 
 def champion_folder(params: Register, release: Path) -> Path:

@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 
 from pipelines.params import UserError
 
+SMALL = 1 << 20  # bytes of a file that is read to see whether it changed
+
 
 def root() -> Path:
     """The repository's root: where DVC is (for a temporary experiment the original place), else here."""
@@ -60,6 +62,13 @@ def uncommitted() -> list[str]:
 def uncommitted_sources() -> list[str]:
     """As `uncommitted`, without what the pipeline itself writes: dvc.lock and reports/."""
     return [path for path in uncommitted() if path != "dvc.lock" and not path.startswith("reports/")]
+
+
+def has_remote() -> bool:
+    """Whether DVC knows a place to pull from."""
+    from dvc.config import Config  # half a second of import
+
+    return bool(Config(str(root() / ".dvc"))["remote"])
 
 
 def stages() -> dict[str, Any]:
@@ -122,14 +131,46 @@ def dependency_hashes(stage: str) -> dict[str, str]:
 
     Folders of code are left out: the commit names them, and `shovel link` adds what DVC found.
     """
-    name, _, variant = stage.partition("@")
-    declared = (_yaml(Path("dvc.yaml")) or {}).get("stages", {}).get(name, {})
-    hashes = output_hashes()
-    paths = declared.get("deps", [])
-    for key in declared.get("matrix", {}):
-        paths = [path.replace(f"${{item.{key}}}", variant) for path in paths]
+    hashes, paths = output_hashes(), _declared(stage, "deps")
     files = {path: _md5(Path(path).read_bytes()) for path in paths if path not in hashes and Path(path).is_file()}
     return files | {path: hashes[path] for path in paths if path in hashes}
+
+
+def fingerprint(stage: str) -> dict[str, str]:
+    """Of everything that dvc.yaml says a stage reads, now: files, and the values of its parameters."""
+    found = {}
+    for path in map(Path, _declared(stage, "deps")):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                found[file.as_posix()] = _state(file)
+    content = _yaml(Path("params.yaml")) or {}
+    for key in _declared(stage, "params"):
+        found |= {f"`{name}` of params.yaml": value for name, value in _values(content, key)}
+    return found
+
+
+def _declared(stage: str, what: str) -> list[str]:
+    """The list `deps` or `params` of a stage in dvc.yaml (`evaluate@base`), its variant filled in."""
+    name, _, variant = stage.partition("@")
+    declared = (_yaml(Path("dvc.yaml")) or {}).get("stages", {}).get(name, {})
+    words = declared.get(what, [])
+    for key in declared.get("matrix", {}):
+        words = [word.replace(f"${{item.{key}}}", variant) for word in words]
+    return words
+
+
+def _state(file: Path) -> str:
+    """The content of a small file; time and size of a large one."""
+    status = file.stat()
+    return _md5(file.read_bytes()) if status.st_size < SMALL else f"{status.st_mtime_ns} {status.st_size}"
+
+
+def _values(content: Any, key: str) -> list[tuple[str, str]]:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    if isinstance(content, dict):
+        return [(f"{key}.{inner}", json.dumps(value)) for inner, value in content.items()]
+    return [(key, json.dumps(content))]
 
 
 def _md5(content: bytes) -> str:

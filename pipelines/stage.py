@@ -47,8 +47,10 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
     with exits(label), live.stage_progress(label, _reason) as _file:
         params = load_params()
         require_room()
+        before = repository.fingerprint(os.environ.get("DVC_STAGE", ""))
         with tracking.stage_run(label, getattr(params, name, None)) as run:
             metrics = function(params, run)
+            require_unedited(label, before)
             run.log(flat(metrics))
             write_json(REPORTS / f"{label}.json", metrics)
             write_json(REPORTS / "runs" / f"{label}.json", {"experiment_id": run.experiment_id, "run_id": run.run_id})
@@ -103,6 +105,17 @@ def advice(error: BaseException) -> tuple[str, int] | None:
 def _reason(error: BaseException) -> str:
     found = advice(error)
     return found[0] if found else f"{type(error).__name__}: {error}"
+
+
+def require_unedited(label: str, before: dict[str, str]) -> None:
+    """DVC notes what a stage read when it has ended; raises `UserError` when that is no longer what it did read."""
+    after = repository.fingerprint(os.environ.get("DVC_STAGE", ""))
+    if edited := sorted(key for key in before | after if before.get(key) != after.get(key)):
+        more = f" and {len(edited) - 1} more" if len(edited) > 1 else ""
+        raise UserError(
+            f"{edited[0]}{more} was edited while {label} ran, and DVC would record the new state for the old result; "
+            f"undo the edit to go on from the last checkpoint, or run again with it."
+        )
 
 
 def require_room() -> None:

@@ -25,7 +25,7 @@ import psutil
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipelines import processes, repository
+from pipelines import live, processes, repository
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Run:
         client.delete_run(self.run_id)
         self.run_id, self._logged = earlier.info.run_id, logged
         self._send({"status": "RUNNING"})
-        self._send({"tags": {name: tags[name] for name in (PARENT, *_process_tags()) if name in tags}})
+        self._send({"tags": {name: tags[name] for name in (PARENT, *process_tags()) if name in tags}})
 
     def when_finished(self, action: Callable[[], None]) -> None:
         """Do this once everything that the run makes is written: dropping checkpoints, for example."""
@@ -176,7 +176,7 @@ class Run:
         query = f"tags.checkpoint_key = '{key}' and attributes.run_id != '{self.run_id}'"
         runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"])
         return next(
-            (run for run in runs if run.info.status != "FINISHED" and not _is_alive(run)),
+            (run for run in runs if run.info.status != "FINISHED" and not is_alive(run.data.tags)),
             None,
         )
 
@@ -237,8 +237,9 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
         found = client.search_runs([experiment], f"tags.pipeline = '{identity}'", max_results=1)
         if found:
             return found[0].info.run_id
-        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit()}
-        name = os.environ.get("DVC_EXP_NAME") or f"pipeline {repository.commit()[:7]}".strip()
+        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit(), **_trial_tags()}
+        own = tags.get("run") or os.environ.get("DVC_EXP_NAME")
+        name = own or f"pipeline {repository.commit()[:7]}".strip()
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
@@ -247,15 +248,16 @@ def _pipeline_process() -> psutil.Process | None:
     return processes.ancestor(lambda words: "dvc" in words or "pipelines.workbench.trials" in words)
 
 
-def _is_alive(run: MlflowRun) -> bool:
-    return processes.is_alive(run.data.tags.get("process", ""))
+def is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process that a run names still runs; one on another host counts as alive."""
+    return processes.is_alive(tags.get("process", ""))
 
 
 def reap(client: MlflowClient) -> int:
     """End the runs whose process is gone: KILLED, and a pipeline as its stages ended. Returns how many."""
     found = client.get_experiment_by_name(EXPERIMENT)
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
-    dead = [run for run in running if not _is_alive(run)]
+    dead = [run for run in running if not is_alive(run.data.tags)]
     for run in sorted(dead, key=lambda run: "pipeline" in run.data.tags):
         status = _of_stages(client, run) if "pipeline" in run.data.tags else "KILLED"
         client.set_terminated(run.info.run_id, status)
@@ -268,7 +270,8 @@ def _of_stages(client: MlflowClient, pipeline: MlflowRun) -> str:
     return next((status for status in ("KILLED", "FAILED") if status in stages), "FINISHED")
 
 
-def _process_tags() -> dict[str, str]:
+def process_tags() -> dict[str, str]:
+    """The tag that tells `is_alive` whether this process still runs."""
     return {"process": processes.identity()}
 
 
@@ -276,17 +279,28 @@ def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     """Everything that says where a run comes from."""
     stage = os.environ.get("DVC_STAGE", "")
     text = section.model_dump_json() if section else "{}"
-    tags = _process_tags() | {
-        "stage": label,
-        "git.baseline": repository.commit(),
-        "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
-        "params.sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "host": platform.node(),
-        "mlflow.source.name": f"pipelines/{label.split('-')[0]}.py",
-    }
+    tags = (
+        process_tags()
+        | _trial_tags()
+        | {
+            "stage": label,
+            "git.baseline": repository.commit(),
+            "git.dirty": str(bool(repository.uncommitted_sources())).lower(),
+            "params.sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "host": platform.node(),
+            "mlflow.source.name": f"pipelines/{label.split('-')[0]}.py",
+        }
+    )
     tags |= {f"dvc.dep.{path}": md5 for path, md5 in repository.dependency_hashes(stage).items()}
     named = {"dvc.stage": stage, "dvc.exp_name": os.environ.get("DVC_EXP_NAME", "")}
     return tags | {key: value for key, value in named.items() if value}
+
+
+def _trial_tags() -> dict[str, str]:
+    """Of a run with overrides: its id, what differs from params.yaml, and what it reads."""
+    card = live.card()
+    inputs = {f"dvc.dep.{path}": md5 for path, md5 in card.get("inputs", {}).items()}
+    return {"run": live.place(), "overrides": json.dumps(card["overrides"]), **inputs} if card else {}
 
 
 def _flat_params(section: BaseModel | None) -> dict[str, str]:

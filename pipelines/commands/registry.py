@@ -10,7 +10,7 @@ from pipelines.commands import PARAMS, RELEASE, REPORTS
 
 
 def register() -> None:
-    """Make a version of the exported model in the MLflow registry; the same bytes never become two versions."""
+    """Make a version of the exported model, as `shovel propose` does; for scripts that know it by this name."""
     from pipelines.params import load_params
     from pipelines.register import register as register_version
 

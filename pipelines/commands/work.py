@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands import PARAMS, PRESETS, RELEASE, REPORTS, SOURCES
+from pipelines.commands import PARAMS, PRESETS, RELEASE, REPORTS, SOURCES, complete
+from pipelines.commands.runs import try_out
 
 
 def check() -> None:
@@ -27,11 +29,14 @@ def check() -> None:
     typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {train.steps:,} steps")
 
 
-def use(preset: Annotated[str, typer.Argument(help="demo or laptop")]) -> None:
-    """Rewrite params.yaml for another scale; git shows the change."""
+def use(preset: Annotated[str, typer.Argument(help="demo, laptop, ...", autocompletion=complete.presets)]) -> None:
+    """Rewrite params.yaml for another scale; git shows the change.
+
+    Example: shovel use laptop
+    """
     from pipelines.params import UserError, load_params
 
-    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    known = complete.presets("")
     if preset not in known:
         raise UserError(f"no preset is called {preset!r}; choose one of {', '.join(known)}.")
     load_params(PRESETS / f"{preset}.yaml")
@@ -39,8 +44,27 @@ def use(preset: Annotated[str, typer.Argument(help="demo or laptop")]) -> None:
     typer.echo(f"{PARAMS} is now the preset {preset}; see `git diff {PARAMS}`, then `shovel run`")
 
 
-def run(stages: Annotated[list[str] | None, typer.Argument(help="stages; all when none is named")] = None) -> None:
-    """Run what changed (`dvc repro`) and tie the runs to commit and hashes."""
+def run(
+    stages: Annotated[
+        list[str] | None, typer.Argument(help="stages; all when none is named", autocompletion=complete.stages)
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="try a value, params.yaml stays as it is")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep what was tried, as `shovel keep` does")] = False,
+) -> None:
+    """Run what changed (`dvc repro`) and tie the runs to commit and hashes; with --set, try values apart from it.
+
+    Examples: shovel run; shovel run pretrain --set learning_rate=3e-3 --set steps=200;
+    shovel run evaluate@chat --set finetune.steps=80 --keep
+    """
+    if settings:
+        try_out(stages or [], settings, keep)
+        return
+    if keep:
+        from pipelines.params import UserError
+
+        raise UserError("--keep goes with --set; without --set the results are in place anyway.")
     check()
     _repro(stages or [])
     link()
@@ -87,33 +111,44 @@ def accept() -> None:
     typer.echo(f"{ACCEPTED} now describes {', '.join(sources)}; commit it")
 
 
-def status() -> None:
-    """What would run, which version is live, and the last figures."""
-    from pipelines.params import load_params
-    from pipelines.register import status as registry_status
+def status(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a screen")] = False) -> None:
+    """The state of this repository and what to do next, in one screen.
 
-    params = load_params(PARAMS)
-    done = subprocess.run([*_dvc(), "status"], capture_output=True, text=True, check=False)
-    typer.echo(done.stdout.strip() or done.stderr.strip())
-    found = registry_status(params.register_)
-    for alias, entry in found.items():
-        bits = f", {entry['bits_per_byte']:.3f} bits per byte" if entry["bits_per_byte"] is not None else ""
-        typer.echo(f"{alias}: {params.register_.name} version {entry['version']}{bits}")
-    if not found:
-        typer.echo(f"{params.register_.name} has no version yet; `make demo` makes one")
+    Example: shovel status --json
+    """
+    from pipelines.stage import console
+
+    with console.status("asking DVC and the registry"):
+        from pipelines.workbench.overview import overview
+
+        found = overview()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    from pipelines.workbench.screen import show
+
+    show(found)
 
 
-def review() -> None:
-    """Open the review page of the last model in a browser."""
-    import webbrowser
+def review(
+    version: Annotated[str | None, typer.Argument(help="a number or alias; the challenger when none is named")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False,
+) -> None:
+    """What to decide on: the gates of a version and its review page, opened in a browser where there is a terminal.
 
-    from pipelines.params import UserError
+    Example: shovel review 2
+    """
+    from pipelines import project
 
-    page = REPORTS / "review.html"
-    if not page.exists():
-        raise UserError(f"{page} is missing; `dvc repro review` makes it, `dvc pull` fetches it.")
-    typer.echo(page.resolve().as_uri())
-    webbrowser.open(page.resolve().as_uri())
+    found = project.review(version)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    typer.echo(repr(found))
+    if sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open(found.page.resolve().as_uri())
 
 
 def _dvc() -> list[str]:

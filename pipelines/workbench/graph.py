@@ -15,6 +15,7 @@ from pipelines import live, repository
 from pipelines.params import UserError
 
 FRESH, STALE = "fresh", "stale"
+NEVER, MISSING = "never run", "is missing"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Stage:
     keys: tuple[str, ...]
     state: str = FRESH
     why: str = ""
+    follows: bool = False  # stale only because a stage before it is
 
     @property
     def label(self) -> str:
@@ -65,7 +67,7 @@ def states() -> dict[str, Stage]:
     for name, stage in known.items():
         stale = [maker.name for maker in makers(stage, known) if found[maker.name].state != FRESH]
         why = changed[name] or (f"{' and '.join(stale)} will run before it" if stale else "")
-        found[name] = replace(stage, state=STALE if why else FRESH, why=why)
+        found[name] = replace(stage, state=STALE if why else FRESH, why=why, follows=not changed[name])
     return {name: _with_progress(stage) for name, stage in found.items()}
 
 
@@ -168,7 +170,7 @@ def _changes(stage: Any) -> str:
             reasons += [_in_words(path, how) for path, how in status.items()]
     new = not any(dep.hash_info for dep in stage.deps)
     outs = [_in_words(path, how) for out in stage.outs for path, how in out.status().items()]
-    reasons = ["never run"] if new else [*reasons, *outs, *(["its command changed"] if stage.changed_stage() else [])]
+    reasons = [NEVER] if new else [*reasons, *outs, *(["its command changed"] if stage.changed_stage() else [])]
     return ", ".join(dict.fromkeys(reasons))
 
 
@@ -177,5 +179,5 @@ def _pairs(keys: Any) -> list[tuple[str, str]]:
 
 
 def _in_words(path: str, how: str) -> str:
-    words = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
+    words = {"modified": "changed", "new": "is new", "deleted": MISSING, "not in cache": "is not in DVC's cache"}
     return f"{path} {words.get(how, how)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.util import load_yaml_guess_indent
 
 from pipelines.params import Params, UserError, checked, read_yaml
 
@@ -68,10 +69,12 @@ def check(overrides: Overrides, path: Path) -> Params:
 
 def apply(overrides: Overrides, path: Path) -> str:
     """The text of the file with the overrides in it, everything else as it was, comments included."""
+    text = path.read_text(encoding="utf-8")
+    _, mapping, offset = load_yaml_guess_indent(text)
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    content = yaml.load(path.read_text(encoding="utf-8"))
+    yaml.indent(mapping=2, sequence=(mapping or 2), offset=offset or 0)
+    content = yaml.load(text)
     _merge(content, overrides)
     stream = io.StringIO()
     yaml.dump(content, stream)
@@ -82,6 +85,8 @@ def _merge(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(content.get(key), dict):
             _merge(content[key], value)
+        elif isinstance(value, list) and isinstance(content.get(key), list):
+            content[key][:] = value  # stays on one line where it was
         else:
             content[key] = value
 

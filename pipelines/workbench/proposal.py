@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,11 @@ class Review:
     def __repr__(self) -> str:
         rows = [f"{'holds' if row.holds else 'FAILS'}  {name}: {row.found}" for name, row in self.gates.iterrows()]
         return "\n".join([repr(self.version), *rows, self.page.resolve().as_uri()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For scripts; the keys stay."""
+        rows = [{"gate": name, "holds": bool(row.holds), "found": row.found} for name, row in self.gates.iterrows()]
+        return {"version": asdict(self.version), "gates": rows, "page": str(self.page)}
 
     def _repr_html_(self) -> str:
         import html

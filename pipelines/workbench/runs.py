@@ -86,6 +86,19 @@ class Run:
         return self.status in (live.RUNNING, live.WAITING)
 
     @property
+    def succeeded(self) -> bool:
+        return self.status == live.FINISHED
+
+    def as_dict(self) -> dict[str, Any]:
+        """How far it is, for scripts; the keys stay."""
+        last = self.progress
+        content = {"id": self.id, "status": self.status, "message": self.message, "overrides": self.overrides}
+        if last:
+            content |= {"stage": last.label, "done": last.done, "total": last.total, "seconds": last.seconds}
+            content |= {"seconds_left": last.seconds_left if last.running else None, "latest": last.points[-1:]}
+        return content
+
+    @property
     def message(self) -> str:
         """Why it failed, or whom it waits for."""
         runner, last = self._runner, self.progress
