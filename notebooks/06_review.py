@@ -7,7 +7,7 @@
 from pipelines import project
 from pipelines.rehearsal import rehearse
 
-rehearse()
+print(rehearse())
 
 # %% [markdown]
 # ## The first version
@@ -75,8 +75,11 @@ project.rollback()
 import json
 from pathlib import Path
 
-records = [json.loads(path.read_text()) for path in sorted(Path("reports/releases").glob("*.json"))]
-[(record["action"], record["version"], record["replaces"]) for record in records]
+import pandas as pd
+
+records = [json.loads(path.read_text()) for path in Path("reports/releases").glob("*.json")]
+columns = ["at", "action", "version", "replaces", "by"]
+pd.DataFrame(records)[columns].sort_values("at").style.hide(axis="index").format(na_rep="", precision=0)
 
 # %% [markdown]
 # In your project the same calls act on your registry; the commands are `shovel propose`, `shovel review`,

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipelines import repository
 from pipelines.params import UserError
 
+RECORDS = "reports/releases/"  # of another registry
 IDENTITY = {"user.name": "Rehearsal", "user.email": "rehearsal@localhost"}
 
 
@@ -29,7 +30,7 @@ def rehearse() -> Path:
         raise UserError("there is no result to rehearse with; `make demo` makes one.")
     folder = Path(tempfile.mkdtemp(prefix="shovel-rehearsal-"))
     for name in _git(root, "ls-files", "-co", "--exclude-standard", "-z").split("\0"):
-        if (root / name).is_file():
+        if (root / name).is_file() and not name.startswith(RECORDS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, folder / name)
     (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {repository.cache()}\n", encoding="utf-8")

@@ -6,7 +6,9 @@ that come after a stale one.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,7 @@ def commit(names: Iterable[str]) -> None:
     from dvc.lock import LockError
 
     try:
-        with _repo() as repo:
+        with _repo() as repo, redirect_stdout(io.StringIO()):  # DVC tells of every write of dvc.lock
             for name in names:
                 repo.commit(target=name, force=True)
     except LockError as error:
