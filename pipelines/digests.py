@@ -8,15 +8,21 @@ from pathlib import Path
 from pipelines.params import UserError
 
 
+def of_path(path: Path) -> dict[str, str]:
+    """sha256 of a file, or of every file below a folder, by name; empty where there is nothing."""
+    digests = {}
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                digests[file.relative_to(path).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
 def of_files(folder: Path) -> dict[str, str]:
     """sha256 of every file, by name; raises `UserError` when the folder is not there."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is missing; `dvc repro` makes it, `dvc pull` fetches it.")
-    digests = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as opened:
-            digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
+    return of_path(folder)
 
 
 def combined(digests: dict[str, str]) -> str:

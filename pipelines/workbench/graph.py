@@ -7,6 +7,7 @@ that come after a stale one.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -138,6 +139,7 @@ def _repo() -> Any:
     from dvc.exceptions import DvcException  # half a second of import
     from dvc.repo import Repo
 
+    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         return Repo(str(repository.root()))
     except DvcException as error:

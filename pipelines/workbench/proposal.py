@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import digests, gates, live, register, stage, tracking
+from pipelines import digests, gates, live, register, tracking
 from pipelines.params import Params, UserError
+from pipelines.workbench import graph
 from pipelines.workbench.runs import Run
 
 if TYPE_CHECKING:
@@ -50,15 +51,22 @@ def propose(params: Params, run: Run | None) -> Version:
 
     Raises `UserError` when it is not, or when a stage is stale.
     """
-    if run and run.id != live.WORKSPACE:
-        for label, run_id in run.mlflow_ids.items():
-            recorded = REPORTS / "runs" / f"{label}.json"
-            if not recorded.exists() or stage.read_json(recorded, made_by=label)["run_id"] != run_id:
-                raise UserError(
-                    f"{run.id} is not what the repository holds; project.keep(run), then `shovel run` "
-                    f"makes what follows from it, and it can be proposed."
-                )
+    if run and run.id != live.WORKSPACE and not _is_in_place(run):
+        raise UserError(
+            f"{run.id} is not what the repository holds; keep it (`shovel keep {run.id}`), then `shovel run` makes "
+            f"what follows from it, and it can be proposed."
+        )
     return _described(params, register.register(params.register_, RELEASE, REPORTS))
+
+
+def _is_in_place(run: Run) -> bool:
+    """Whether the repository holds what the run made: its data to the byte, or where it made none, its report."""
+    known = graph.all_stages()
+    for name in run.stages:
+        outs = [out for out in known[name].outs if out.startswith("data/")] or [str(known[name].report)]
+        if any(digests.of_path(run.folder / out) != digests.of_path(Path(out)) for out in outs):
+            return False
+    return True
 
 
 class Review:

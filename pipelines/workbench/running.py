@@ -26,6 +26,13 @@ def run(word: str, upto: bool, keywords: Mapping[str, Any], wait: bool) -> Run:
     return start(word, targets, upto, changes, known, wait)
 
 
+def run_words(word: str, settings: list[str]) -> Run:
+    """As `run` up to the stage `word`, overrides as `key=value`."""
+    known = graph.states()
+    targets = graph.named(word, known)
+    return start(word, targets, True, overrides.of_words(targets[0].section, settings), known, wait=True)
+
+
 def start(word: str, targets: list[Stage], upto: bool, changes: Overrides, known: dict[str, Stage], wait: bool) -> Run:
     """Prepare a run, start its process, and follow it where that is wanted."""
     found = trials.plan(targets, upto, changes, known)

@@ -160,9 +160,11 @@ class Run:
         """End it gently: checkpoints stay, and the next run of the same thing continues from the last one."""
         from pipelines.workbench import trials
 
-        runner = self._runner
+        runner, last = self._runner, self.progress
         if runner and runner.running:
             trials.stop(runner.process)
+        elif last and last.running:
+            trials.interrupt(last.process)
         return self.wait(60)
 
     def remove(self) -> None:

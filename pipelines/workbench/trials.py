@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,14 +135,14 @@ def _write_card(folder: Path, **content: Any) -> None:
     (folder / "run.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
-def launch(run_id: str) -> subprocess.Popen[bytes]:
+def launch(run_id: str) -> None:
     """Start the process of a prepared run; it outlives this one. Its words go to output.log in the folder."""
     folder = live.home() / run_id
     for old in folder.glob("run.jsonl"):
         old.unlink()
     paths = [str(CODE), str(CODE / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / "output.log").open("wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.workbench.trials", str(folder)],
             cwd=repository.root(),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "0"},
@@ -150,6 +151,7 @@ def launch(run_id: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    threading.Thread(target=process.wait, daemon=True).start()  # no zombie stays when it ends before this process
 
 
 def main(folder: Path) -> int:
@@ -173,6 +175,11 @@ def main(folder: Path) -> int:
 def stop(process: str) -> None:
     """Ask a run's process and its stage to end; they keep checkpoints and put outputs back."""
     os.killpg(processes.pid(process), signal.SIGINT)
+
+
+def interrupt(process: str) -> None:
+    """The same for a stage that somebody else started, in a terminal for example."""
+    os.kill(processes.pid(process), signal.SIGINT)
 
 
 def remove(run_id: str) -> None:
