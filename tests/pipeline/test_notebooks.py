@@ -90,7 +90,7 @@ def test_jupyterlab_opens_python_files_as_notebooks_and_asks_for_a_token(project
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    words = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.port={port}"]
     environment = project.environment(JUPYTER_CONFIG_PATH="notebooks/.jupyter", JUPYTER_TOKEN="abc")
     log = project.folder / ".make" / "lab.log"
     with log.open("w") as file:
