@@ -11,16 +11,15 @@ print(rehearse())
 
 # %% [markdown]
 # ## The first version
-# `propose` gives the exported model a number and a digest. The review lists every condition of a promotion; below it is
-# the page on which a person decides.
+# `propose` gives the exported model a number and a digest. The review lists every condition of a promotion, and shows
+# the page on which a person decides: scroll in it.
 
 # %%
 first = project.propose()
 first
 
 # %%
-review = project.review(first.version)
-review.gates
+project.review(first.version)
 
 # %%
 project.promote()

@@ -100,7 +100,7 @@ def fertility(table: pd.DataFrame, most: int = 24) -> Picture:
     axes.axvline(overall, color=COLOURS[1], linestyle="--", label=f"all text, {overall:.2f}")
     axes.set(xlabel="bytes a token (more is cheaper to train and to serve)", ylabel="language")
     axes.margins(y=0.01)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     return picture
 
 
