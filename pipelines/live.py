@@ -47,6 +47,13 @@ def card() -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if place() != WORKSPACE and file.exists() else {}
 
 
+def tags() -> dict[str, str]:
+    """For MLflow, of a run with overrides: its id, what differs from params.yaml, and what it reads."""
+    found = card()
+    inputs = {f"dvc.dep.{path}": md5 for path, md5 in found.get("inputs", {}).items()}
+    return {"run": place(), "overrides": found["what"], **inputs} if found else {}
+
+
 def file_of(where: str, label: str) -> Path:
     """The progress file of a stage at a place."""
     return home() / where / "progress" / f"{label}.jsonl"

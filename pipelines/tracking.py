@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,9 +236,10 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
         found = client.search_runs([experiment], f"tags.pipeline = '{identity}'", max_results=1)
         if found:
             return found[0].info.run_id
-        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit(), **_trial_tags()}
-        own = tags.get("run") or os.environ.get("DVC_EXP_NAME")
-        name = own or f"pipeline {repository.commit()[:7]}".strip()
+        tags = {"pipeline": identity, "process": identity, "git.baseline": repository.commit(), **live.tags()}
+        if experiment_name := os.environ.get("DVC_EXP_NAME"):
+            tags["dvc.exp_name"] = experiment_name
+        name = tags.get("run") or experiment_name or f"pipeline {repository.commit()[:7]}".strip()
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
@@ -281,7 +281,7 @@ def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     text = section.model_dump_json() if section else "{}"
     tags = (
         process_tags()
-        | _trial_tags()
+        | live.tags()
         | {
             "stage": label,
             "git.baseline": repository.commit(),
@@ -294,13 +294,6 @@ def _tags(label: str, section: BaseModel | None) -> dict[str, str]:
     tags |= {f"dvc.dep.{path}": md5 for path, md5 in repository.dependency_hashes(stage).items()}
     named = {"dvc.stage": stage, "dvc.exp_name": os.environ.get("DVC_EXP_NAME", "")}
     return tags | {key: value for key, value in named.items() if value}
-
-
-def _trial_tags() -> dict[str, str]:
-    """Of a run with overrides: its id, what differs from params.yaml, and what it reads."""
-    card = live.card()
-    inputs = {f"dvc.dep.{path}": md5 for path, md5 in card.get("inputs", {}).items()}
-    return {"run": live.place(), "overrides": json.dumps(card["overrides"]), **inputs} if card else {}
 
 
 def _flat_params(section: BaseModel | None) -> dict[str, str]:
@@ -419,43 +412,6 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
         return client.get_run(run_id) if run_id else None
     except MlflowException:
         return None
-
-
-def pipelines(figures: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row a pipeline or run with overrides: name, kind, created, status, commit, overrides, run_id, and of each of
-    its stages the metrics `figures` as `stage/figure`; stages that were started by hand have rows of their own."""
-    client = connect()
-    rows: dict[str, dict[str, Any]] = {}
-    for run in _all_runs(client):
-        tags = run.data.tags
-        row = rows.setdefault(tags.get(PARENT, run.info.run_id), {})
-        if PARENT not in tags:
-            row |= _as_row(run)
-        row |= {f"{tags['stage']}/{key}": value for key, value in run.data.metrics.items() if key in figures}
-    return [row for row in rows.values() if "name" in row]
-
-
-def _as_row(run: MlflowRun) -> dict[str, Any]:
-    tags = run.data.tags
-    kind = "run" if "overrides" in tags else "experiment" if "dvc.exp_name" in tags else "pipeline"
-    return {
-        "name": run.info.run_name,
-        "kind": kind if "stage" not in tags else "stage",
-        "created": datetime.fromtimestamp(run.info.start_time / 1000),
-        "status": run.info.status.lower(),
-        "commit": tags.get("git.baseline", "")[:7],
-        "overrides": tags.get("overrides", ""),
-        "run_id": run.info.run_id,
-    }
-
-
-def _all_runs(client: MlflowClient) -> Iterator[MlflowRun]:
-    """Of this project, the newest first."""
-    token = None
-    while token is None or token:
-        page = client.search_runs([experiment_id(client)], max_results=1000, page_token=token)
-        yield from page
-        token = page.token or ""
 
 
 def fetch_artifact(run_id: str | None, name: str, folder: Path) -> Path | None:

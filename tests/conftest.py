@@ -190,6 +190,18 @@ def project(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Pr
 
 
 @pytest.fixture
+def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """`project` with this process in it, as the kernel of a notebook is."""
+    from pipelines.workbench import kernel
+
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr(kernel, "check", lambda: None)  # somebody may work on the code while tests run
+    for name, value in project.environment().items():
+        monkeypatch.setenv(name, value)
+    return project
+
+
+@pytest.fixture
 def fresh_project(tmp_path: Path) -> Project:
     return Project.create(tmp_path)
 

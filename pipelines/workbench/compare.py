@@ -64,6 +64,11 @@ def state(what: Run | str, params: Params) -> State:
             f"{name!r} is no run, no revision, no experiment and no version of {params.register_.name}; "
             f"`shovel runs` and `shovel experiments` list them."
         )
+    return at_revision(name, revision)
+
+
+def at_revision(name: str, revision: str) -> State:
+    """The state that git keeps of a revision."""
     return State(name, lambda path: repository.git("show", f"{revision}:{path}") or None)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipelines.lineage import PACKAGES
 
 CODE = Path(__file__).parents[2]
+FOLDERS = [CODE / name for name in ("pipelines", "model", "kernels")]
 _files: dict[Path, int] = {}
 _versions: dict[str, str] = {}
 _told: set[str] = set()
@@ -38,7 +39,7 @@ def _loaded() -> list[Path]:
     """Files of this project that this process imported."""
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     paths = [Path(file) for file in files if file and file.endswith(".py")]
-    return [path for path in paths if path.is_relative_to(CODE) and ".venv" not in path.parts]
+    return [path for path in paths if any(path.is_relative_to(folder) for folder in FOLDERS)]
 
 
 def _time(path: Path) -> int:

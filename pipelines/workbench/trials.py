@@ -98,7 +98,8 @@ def create(target: str, found: list[Stage], changes: Overrides, known: dict[str,
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
     commands = [[sys.executable, "-m", *stage.command] for stage in found]
     names = [stage.name for stage in found]
-    _write_card(folder, commands=commands, cwd=str(folder), stages=names, overrides=changes, inputs=inputs)
+    what = overrides.in_words(changes)
+    _write_card(folder, commands=commands, cwd=str(folder), stages=names, overrides=changes, what=what, inputs=inputs)
     return folder.name
 
 
@@ -138,8 +139,8 @@ def _write_card(folder: Path, **content: Any) -> None:
 def launch(run_id: str) -> None:
     """Start the process of a prepared run; it outlives this one. Its words go to output.log in the folder."""
     folder = live.home() / run_id
-    for old in folder.glob("run.jsonl"):
-        old.unlink()
+    starting = live.Progress(folder / "run.jsonl")  # until the process itself speaks there
+    starting.tell(stage="run", process=processes.identity(), status=live.RUNNING)
     paths = [str(CODE), str(CODE / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / "output.log").open("wb") as log:
         process = subprocess.Popen(

@@ -22,15 +22,6 @@ project.run("pretrain", steps=400, checkpoint_every=4)
 """
 
 
-@pytest.fixture
-def here(project, monkeypatch: pytest.MonkeyPatch):
-    """A kernel in the project's folder."""
-    monkeypatch.chdir(project.folder)
-    for name, value in project.environment().items():
-        monkeypatch.setenv(name, value)
-    return project
-
-
 def until(condition, what: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
