@@ -33,6 +33,7 @@ PICTURES, REVIEW, CONFIG = Path("reports/pictures"), Path("reports/review.html")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIZE, TIMEOUT_S = {"width": 1280, "height": 860}, 600
 NOTEBOOK, SHOWN = "04_pretrain.py", "An idea"  # the heading at the top of its picture
+LANDING = "lab/workspaces/pictures/tree/notebooks/README.md"  # a workspace of its own: no tab of yours is open
 QUIET_MLFLOW = "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')"
 
 
@@ -44,7 +45,7 @@ def pictures(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with _jupyterlab() as (address, token), _browser() as context:
         _review(context.new_page(), folder / "review.png")
-        _lab(context.new_page(), f"{address}/lab/tree/notebooks/README.md?token={token}", folder / "lab.png")
+        _lab(context.new_page(), f"{address}/{LANDING}?reset&token={token}", folder / "lab.png")
         curves = f"mlflow/#/experiments/{run['experiment_id']}/runs/{run['run_id']}/model-metrics"
         _mlflow(context.new_page(), f"{address}/{curves}?workflowType=machine_learning", folder / "mlflow.png")
     return sorted(folder.glob("*.png"))
