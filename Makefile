@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test test-npu lab notebooks pictures ui serve
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(if $(ON_NPU),.venv-npu/installed,.venv/installed-core) ## raw text to a promoted model in one go, about 10 minutes; DEVICE=npu: on Ascend
 	@$(if $(ON_NPU),$(BUILD_EMULATOR))

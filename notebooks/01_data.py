@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 1 · The data and its contracts
 # What the model reads, what was thrown away and why, and what stops a training before it starts. Then a source of your

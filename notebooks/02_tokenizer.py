@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 2 · The tokenizer
 # A byte-level BPE learnt from the training documents. What a token stands for decides what a language costs: text that

@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 3 · The architecture by hand
 # One DeepSeek-V4 layer of the model that you trained, taken apart: hyper-connections, compressed attention with its

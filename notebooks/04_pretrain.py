@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 4 · Pretrain and watch
 # The training that `make demo` ran, looked at; then an idea tried from a cell, in a process and a folder of its own:

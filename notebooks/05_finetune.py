@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 5 · Fine-tune, compare, talk to it
 # From a model that continues text to one that answers; all weights or a few (LoRA); and which expert takes which token.

@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 6 · Review, promote, roll back
 # The way from an idea to a live version and back, rehearsed on a copy of this project with an empty registry: the

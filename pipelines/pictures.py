@@ -110,15 +110,13 @@ def _lab(page: Page, address: str, target: Path) -> None:
     page.locator(".jp-DirListing-item", has_text=NOTEBOOK).dblclick()
     notebook = page.locator(".jp-NotebookPanel:visible")
     notebook.locator(".jp-CodeCell").first.wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+    status = notebook.locator(".jp-Notebook-ExecutionIndicator")
+    status.and_(page.locator("[data-status=idle]")).wait_for()
     page.locator(".lm-MenuBar-item", has_text="Run").click()
     page.locator("[data-command='runmenu:run-all']").click()
-    with stage.progress("pictures", None) as advance:
-        while page.locator(".jp-Notebook-ExecutionIndicator").first.get_attribute("data-status") != "idle" or (
-            notebook.locator(".jp-InputPrompt", has_text="[*]").count()
-        ):
-            page.wait_for_timeout(1000)
-            advance()
+    stage.say(f"pictures   {NOTEBOOK} runs from top to bottom ...")
+    status.and_(page.locator("[data-status=busy]")).wait_for()
+    status.and_(page.locator("[data-status=idle]")).wait_for()
     notebook.get_by_role("heading", name=SHOWN).evaluate("heading => heading.scrollIntoView()")
     page.wait_for_timeout(2000)
     page.screenshot(path=target)
