@@ -12,7 +12,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("*/README.md") if ".venv" not in str(path))]
 TYPED = re.findall(r"^\$ (.+)$", "\n".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-INLINE = list(dict.fromkeys(re.findall(r"`((?:shovel|dvc|git) [^`]+)`", README)))
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+INLINE = list(dict.fromkeys(re.findall(r"`((?:shovel|dvc|git) [^`]+)`", PROSE)))
 TARGETS = sorted(set(re.findall(r"\bmake ([a-z-]+(?: DEVICE=npu)?)(?=`|$)", README, re.MULTILINE)))
 INSTEAD = {
     "dvc exp run": "dvc exp run --dry",
