@@ -112,6 +112,7 @@ def _lab(page: Page, address: str, target: Path) -> None:
     notebook.locator(".jp-CodeCell").first.wait_for()
     status = notebook.locator(".jp-Notebook-ExecutionIndicator")
     status.and_(page.locator("[data-status=idle]")).wait_for()
+    notebook.locator(".jp-Cell").first.click()  # the menu acts on where the cursor is
     page.locator(".lm-MenuBar-item", has_text="Run").click()
     page.locator("[data-command='runmenu:run-all']").click()
     stage.say(f"pictures   {NOTEBOOK} runs from top to bottom ...")
