@@ -34,7 +34,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIZE, TIMEOUT_S = {"width": 1280, "height": 860}, 600
 NOTEBOOK, SHOWN = "04_pretrain.py", "An idea"  # the heading at the top of its picture
 LANDING = "lab/workspaces/pictures/tree/notebooks/README.md"  # a workspace of its own: no tab of yours is open
-QUIET_MLFLOW = "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')"
+QUIET_MLFLOW = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"  # no assistant in front
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -127,7 +127,8 @@ def _lab(page: Page, address: str, target: Path) -> None:
 def _mlflow(page: Page, address: str, target: Path) -> None:
     page.goto(address)
     page.locator(".js-plotly-plot svg").first.wait_for()
-    page.wait_for_timeout(3000)
+    page.get_by_placeholder("Search metric charts").fill("loss")
+    page.wait_for_timeout(5000)
     page.screenshot(path=target)
     stage.say(f"pictures   {target}")
 
