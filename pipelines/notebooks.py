@@ -64,7 +64,7 @@ def _run(source: Path, target: Path) -> None:
             papermill.execute_notebook(plain, target, cwd=".", **options)
         except PapermillExecutionError as error:
             what = f"{error.ename}: {error.evalue}".rstrip(".")
-            raise UserError(f"{source}, cell {error.cell_index}: {what}; see {target}.") from None
+            raise UserError(f"{source}, cell {error.cell_index + 1}: {what}; see {target}.") from None
 
 
 def write_page(executed: Path, page: Path) -> NotebookNode:

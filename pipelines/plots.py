@@ -53,7 +53,7 @@ def page() -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802  the name is http.server's
-        content = (page() if self.path.endswith("/page") else WAIT).encode()
+        content = (page() if self.path.partition("?")[0].endswith("/page") else WAIT).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))

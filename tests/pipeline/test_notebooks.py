@@ -55,7 +55,7 @@ def test_notebooks_leave_the_project_as_it_was(executed) -> None:
     """What notebook 6 promotes and keeps, it does in its copy; the runs of 4 and 5 are gone."""
     assert executed.run("dvc", "status", "--json").stdout.strip() == "{}"
     assert executed.run("git", "status", "--porcelain").stdout.strip() == "?? notebooks/dvc.lock"
-    assert "no version yet" in executed.run("shovel", "status").stdout
+    assert "champion" not in executed.run("shovel", "status").stdout
     assert not list((executed.folder / ".runs").glob("*/run.json"))
 
 
