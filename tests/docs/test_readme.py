@@ -16,7 +16,7 @@ PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 INLINE = list(dict.fromkeys(re.findall(r"`((?:shovel|dvc|git) [^`]+)`", PROSE)))
 TARGETS = sorted(set(re.findall(r"\bmake ([a-z-]+(?: DEVICE=npu)?)(?=`|$)", README, re.MULTILINE)))
 INSTEAD = {
-    "dvc exp run": "dvc exp run --dry",
+    "dvc exp run": "dvc exp run --help",
     "shovel passport": "shovel passport --help",
 }  # long, and tested elsewhere
 LOOSE = {"register": {"margin_bits_per_byte": 5.0}}  # twelve steps make no better model than the project has
