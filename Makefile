@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-npu lab ui serve bench bench-quick
+.PHONY: help demo test test-npu lab notebooks pictures ui serve bench bench-quick
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -30,8 +30,14 @@ test-npu: .venv-npu/installed ## tests through torch_npu: on Ascend cards where 
 	@$(BUILD_EMULATOR)
 	@$(WITH_NPU) python -m pytest tests/npu
 
-lab: .venv/installed-lab ## JupyterLab on 127.0.0.1
-	@jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks
+lab: .venv/installed-lab ## JupyterLab on 127.0.0.1, with the notebooks, git, MLflow and DVC's plots
+	@JUPYTER_CONFIG_PATH=notebooks/.jupyter jupyter lab
+
+notebooks: .venv/installed-lab ## execute all notebooks, pages in reports/notebooks
+	@dvc repro --quiet notebooks/dvc.yaml
+
+pictures: .venv/installed-pictures ## the pictures of the README, from this project as it is
+	@python -m pipelines.pictures
 
 ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui
@@ -90,4 +96,8 @@ endef
 
 .venv/installed-lab: .venv/installed-core
 	$(call install,JupyterLab,-c constraints.txt -e .[lab])
+	@touch $@
+
+.venv/installed-pictures: .venv/installed-lab
+	$(call install,pictures: playwright,-c constraints.txt -e .[pictures])
 	@touch $@

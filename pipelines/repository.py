@@ -81,8 +81,8 @@ def stages() -> dict[str, Any]:
 
 
 def stale_stages() -> list[str]:
-    """Stages whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    """Stages of dvc.yaml whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
+    command = [sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"`dvc status` fails ({(done.stderr.strip().splitlines() or ['?'])[0]}); mend that first.")
@@ -151,6 +151,11 @@ def person() -> str:
     return known or f"{psutil.Process().username()}@{platform.node()}"
 
 
+def cache_folder() -> Path:
+    """The folder of DVC's cache."""
+    return Path(_dvc_config(root())["cache"].get("dir") or root() / ".dvc" / "cache")
+
+
 def check_out(md5: str, path: Path, target: Path) -> None:
     """Make `target` the output `path` as dvc.lock names it by `md5`, from DVC's cache or from the commit.
 
@@ -172,8 +177,7 @@ def check_out(md5: str, path: Path, target: Path) -> None:
 
 def _cached(md5: str) -> Path:
     """Where DVC's cache keeps what has this md5."""
-    folder = Path(_dvc_config(root())["cache"].get("dir") or root() / ".dvc" / "cache")
-    return folder / "files" / "md5" / md5[:2] / md5[2:]
+    return cache_folder() / "files" / "md5" / md5[:2] / md5[2:]
 
 
 @cache

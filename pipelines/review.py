@@ -13,20 +13,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from model.config import ModelConfig
-from pipelines import compare, digests, gates, lineage, models, pages, register, stage
+from pipelines import compare, digests, figures, gates, lineage, models, pages, register, stage
 from pipelines.params import Params, Register, UserError
 from pipelines.tracking import Run
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
 PAGE = REPORTS / "review.html"
-STYLE = {"svg.hashsalt": "shovel", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-COLOURS = ("#245a8d", "#c0622f", "#8a94a0")
 SHOWN_LANGUAGES = 15
 
 
@@ -130,58 +125,16 @@ def _top_languages(base: dict[str, Any], chat: dict[str, Any]) -> list[dict[str,
 
 def _figures(content: dict[str, Any], plots: Path) -> list[dict[str, str]]:
     """Curves, bits per byte and expert load, as <img> sources with captions."""
-    with mpl.rc_context(STYLE):
-        drawn = [
-            (_curve(pd.read_csv(plots / f"{name}.csv")), f"Loss of {title}, nats a token") for name, title in CURVES
-        ]
-        drawn.append((_bits(content["base"], content["chat"]), "Bits per held-out byte, by source; lower is better"))
-        drawn.append(
-            (_load(content["base"]["expert_load"]), "Tokens that each expert takes, base model; white is even")
-        )
-        return [{"image": pages.inline_svg(figure), "caption": caption} for figure, caption in drawn]
+    drawn = [
+        (figures.curve(pd.read_csv(plots / f"{name}.csv")), f"Loss of {title}, nats a token") for name, title in CURVES
+    ]
+    drawn.append((figures.bits(content["base"], content["chat"]), "Bits per held-out byte, by source; lower is better"))
+    load = figures.load(content["base"]["expert_load"])
+    drawn.append((load, "Tokens that each expert takes, base model; white is even"))
+    return [{"image": pages.inline_svg(figure), "caption": caption} for figure, caption in drawn]
 
 
 CURVES = (("pretrain", "pretraining"), ("finetune", "fine-tuning (assistant's tokens)"))
-
-
-def _curve(table: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(4.6, 2.6))
-    axes = figure.subplots()
-    axes.plot(table["step"], table["loss"], color=COLOURS[2], linewidth=0.7)
-    smooth = table["loss"].ewm(halflife=max(len(table) / 50, 1)).mean()
-    axes.plot(table["step"], smooth, color=COLOURS[0], linewidth=1.6)
-    axes.set_xlabel("step")
-    axes.set_xlim(0, None)
-    return figure
-
-
-def _bits(base: dict[str, Any], chat: dict[str, Any]) -> Figure:
-    """Bars by source with the baselines as lines."""
-    names = ["all", *base["by_source"]]
-    figure = Figure(figsize=(4.6, 2.6))
-    axes = figure.subplots()
-    for offset, (report, label) in enumerate(((base, "base"), (chat, "chat"))):
-        heights = [report["bits_per_byte"], *(row["bits_per_byte"] for row in report["by_source"].values())]
-        axes.bar(np.arange(len(names)) + (offset - 0.5) * 0.36, heights, 0.34, label=label, color=COLOURS[offset])
-    for name, label, style in (("xz", "xz, all", ":"), ("five_gram", "5-gram, all", "--")):
-        axes.axhline(base["baselines"][name], color="#555", linestyle=style, linewidth=1, label=label)
-    axes.set_xticks(range(len(names)), [name.replace("-", "\n", 1) for name in names])
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
-    axes.legend(ncols=4, frameon=False, fontsize=8, loc="upper center")
-    return figure
-
-
-def _load(load: dict[str, list[float]]) -> Figure:
-    """One row a layer, one column an expert, relative to an equal share."""
-    shares = np.array(list(load.values()))
-    figure = Figure(figsize=(4.6, 2.6))
-    axes = figure.subplots()
-    image = axes.imshow(shares * shares.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-    axes.set_yticks(range(len(load)), [name.replace("_", " ") for name in load])
-    axes.set_xlabel("expert")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, label="times an equal share")
-    return figure
 
 
 if __name__ == "__main__":

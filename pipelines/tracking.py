@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from psutil import Process
 
 EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
@@ -252,7 +253,7 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
         return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
-def _pipeline_process() -> psutil.Process | None:
+def _pipeline_process() -> Process | None:
     """The nearest ancestor that runs stages: a `dvc` command, or a run in a folder of its own."""
     return processes.ancestor(lambda words: "dvc" in words or "pipelines.workbench.trials" in words)
 

@@ -6,8 +6,10 @@ that come after a stale one.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +58,14 @@ class Stage:
 def all_stages() -> dict[str, Stage]:
     """All stages in an order in which they can run, without their states."""
     with _repo() as repo:
-        return _ordered([_described(stage) for stage in repo.index.stages])
+        return _ordered([_described(stage) for stage in _stages(repo)])
 
 
 def states() -> dict[str, Stage]:
     """All stages in an order in which they can run, each with its state and, when it is not fresh, the reason."""
     with _repo() as repo:
-        known = _ordered([_described(stage) for stage in repo.index.stages])
-        changed = {stage.addressing: _changes(stage) for stage in repo.index.stages}
+        known = _ordered([_described(stage) for stage in _stages(repo)])
+        changed = {stage.addressing: _changes(stage) for stage in _stages(repo)}
     found: dict[str, Stage] = {}
     for name, stage in known.items():
         stale = [maker.name for maker in makers(stage, known) if found[maker.name].state != FRESH]
@@ -117,7 +119,7 @@ def input_digests(names: Iterable[str]) -> dict[str, str]:
     """What DVC knows the dependencies of these stages by, now: path -> md5; empty where one does not exist."""
     wanted = set(names)
     with _repo() as repo:
-        deps = [dep for stage in repo.index.stages if stage.addressing in wanted for dep in _files(stage)]
+        deps = [dep for stage in _stages(repo) if stage.addressing in wanted for dep in _files(stage)]
         return {dep.def_path: dep.get_hash().value if dep.exists else "" for dep in deps}
 
 
@@ -126,7 +128,7 @@ def commit(names: Iterable[str]) -> None:
     from dvc.lock import LockError
 
     try:
-        with _repo() as repo:
+        with _repo() as repo, redirect_stdout(io.StringIO()):  # DVC tells of every write of dvc.lock
             for name in names:
                 repo.commit(target=name, force=True)
     except LockError as error:
@@ -142,6 +144,11 @@ def _repo() -> Any:
         return Repo(str(repository.root()))
     except DvcException as error:
         raise UserError(f"DVC cannot read this repository ({error}); mend that first.") from None
+
+
+def _stages(repo: Any) -> list[Any]:
+    """Those of dvc.yaml at the root; notebooks/dvc.yaml is nobody's input."""
+    return [stage for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"]
 
 
 def _files(stage: Any) -> list[Any]:

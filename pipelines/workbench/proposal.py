@@ -96,7 +96,7 @@ class Review:
         inside = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
         style = "width:100%;height:36em;border:1px solid #8884;background:white"
         frame = f'<iframe srcdoc="{inside}" style="{style}"></iframe>'
-        return f"<b>{html.escape(repr(self.version))}</b>{self.gates.to_html() if len(self.gates) else ''}{frame}"
+        return f"<b>{html.escape(repr(self.version))}</b>{self.gates.style.to_html() if len(self.gates) else ''}{frame}"
 
 
 def review(params: Params, which: int | str | None) -> Review:

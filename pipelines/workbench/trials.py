@@ -146,7 +146,7 @@ def launch(run_id: str) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.workbench.trials", str(folder)],
             cwd=repository.root(),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "0"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -77,7 +77,7 @@ def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, 
 
 def test_the_second_repro_runs_nothing(project) -> None:
     assert ran(project.run("dvc", "repro").stdout) == set()
-    assert project.run("dvc", "status", "--json").stdout.strip() == "{}"
+    assert project.run("dvc", "status", "--json", "dvc.yaml").stdout.strip() == "{}"
 
 
 def test_link_adds_commit_and_hashes(project, client) -> None:
@@ -212,7 +212,7 @@ def test_push_clone_pull_is_clean(project, tmp_path) -> None:
     )
     subprocess.run([*dvc, "pull", "-q", "-r", "store"], cwd=clone, env=environment, check=True)
     status = subprocess.run(
-        [*dvc, "status", "--json"], cwd=clone, env=environment, capture_output=True, text=True, check=True
+        [*dvc, "status", "--json", "dvc.yaml"], cwd=clone, env=environment, capture_output=True, text=True, check=True
     )
     assert status.stdout.strip() == "{}"
     assert digest(clone / "data/models/release/model.safetensors") == digest(
