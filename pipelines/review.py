@@ -89,8 +89,7 @@ def _drawn(comparison: dict[str, Any] | None) -> dict[str, Any] | None:
     if comparison is None:
         return None
     captions = {"ours": "This model", "theirs": f"Version {comparison['version']}"}
-    with mpl.rc_context(STYLE):
-        drawn = [(pages.inline_svg(_load(comparison["load"][side])), text) for side, text in captions.items()]
+    drawn = [(pages.inline_svg(figures.load(comparison["load"][side])), text) for side, text in captions.items()]
     return comparison | {"loads": [{"image": image, "caption": f"{text}, chat"} for image, text in drawn]}
 
 
