@@ -56,7 +56,8 @@ project.stages()["state"].value_counts()
 
 # %% [markdown]
 # ## The second version
-# What is not committed cannot go live, because nobody could make it again.
+# What is not committed cannot go live, because nobody could make it again. After the commit, proposing signs the same
+# version with it.
 
 # %%
 second = project.propose(run)
@@ -69,6 +70,7 @@ except project.UserError as error:
 import subprocess
 
 _ = subprocess.run("git add -A && git commit --quiet -m 'Fine-tune with 1e-3'", shell=True, check=True)
+project.propose(run)
 project.promote()
 
 # %% [markdown]

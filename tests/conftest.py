@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -179,6 +179,14 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             Path(f"{folder}.done").touch()
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nobody's own key signs: that of each file of tests is made by its first use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ def test_every_public_name_helps_with_an_example() -> None:
 
 def test_a_run_leaves_everything_as_it_is_and_keeping_it_makes_what_dvc_would_make(here) -> None:
     assert set(surface.stages()["state"]) == {"fresh"}
+    here.commit("first model")
     before, params = here.digests("data/models", "reports"), (here.folder / "params.yaml").read_text()
     run = surface.run("finetune", learning_rate=np.float64(2e-4), languages=["en"])
     assert run.status == "finished" and run.params["finetune"]["learning_rate"] == 2e-4

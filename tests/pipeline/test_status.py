@@ -64,7 +64,7 @@ def test_after_a_run_then_data_edited_params_edited_and_a_stage_that_failed(here
     here.set_params(finetune={"learning_rate": 1e-4})
     found = status(shovel)
     assert found["summary"] == "finetune is stale: finetune.learning_rate 0.0005 -> 0.0001."
-    assert found["next"]["why"] == "runs finetune, evaluate@chat, export and review"
+    assert found["next"]["why"] == "runs finetune, evaluate@chat, export, agreement and review"
 
     here.set_params(finetune={"languages": ["xx"]})
     assert here.run("shovel", "run", "finetune", check=False).returncode == 2
