@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -25,7 +26,9 @@ LOOSE = {"register": {"margin_bits_per_byte": 5.0}}  # twelve steps make no bett
 @pytest.fixture(scope="module")
 def typed(project):
     """The project after all that the README types on a terminal, with what each command printed."""
-    project.set_params(**LOOSE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        project.set_params(**LOOSE, serve={"port": free.getsockname()[1]})
     project.commit("start")
     answers = []
     for line in TYPED:
@@ -67,11 +70,14 @@ def test_every_command_in_a_sentence_works(typed, line: str, tmp_path: Path) -> 
     words = shlex.split(found.replace("/mnt/share/shovel", str(tmp_path.parent / "store")))
     if line == "shovel keep":
         words.append(max(path.parent.name for path in (project.folder / ".runs").glob("*-*/run.json")))
-    done = project.run(*words, check=False)
+    own = {"XDG_CONFIG_HOME": str(tmp_path)} if line == "shovel keys" else {}  # it has a key by now
+    done = project.run(*words, check=False, **own)
     if line == "shovel watch":
         assert done.returncode == 2 and "nothing runs here now" in done.stderr
         return
     assert done.returncode in ((0, 1) if words[1] in ("doctor", "audit") else (0,)), done.stdout + done.stderr
+    if line == "shovel deploy":
+        project.run("shovel", "deploy", "--stop")
     if words[1] == "use":
         project.run("git", "checkout", "-q", "--", "params.yaml")
     project.commit(line)

@@ -145,4 +145,4 @@ def test_a_server_may_die_and_come_back(project, tmp_path: Path, port: int) -> N
 def _is_champion(project, client: MlflowClient, uri: dict[str, str]) -> None:
     version = client.get_model_version_by_alias("shovel-demo", "champion")
     assert version.source.startswith("dvc://data/models/release?sha256=")
-    assert "champion: shovel-demo version 1" in project.run("shovel", "status", **uri).stdout
+    assert "this is the champion of shovel-demo" in project.run("shovel", "status", **uri).stdout
