@@ -18,12 +18,12 @@ from model.config import ModelConfig, count_parameters, flops_per_token
 from model.data import Rows
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
-from pipelines import environment
-from pipelines.audit import audit
+from pipelines.machine import environment
 from pipelines.params import Training, UserError
 from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
 from pipelines.tracking import Run
+from pipelines.trust.audit import audit
 
 COLUMNS = (
     "loss",

@@ -26,7 +26,7 @@ def encoded(create_project, tmp_path_factory: pytest.TempPathFactory):
     project.set_params(pretrain={"checkpoint_every": EVERY})
     project.run("dvc", "repro", "encode")
     (project.folder / TRACE).parent.mkdir()
-    passport = "import torch; from pipelines.environment import require_passport as r; r(torch.device('npu'))"
+    passport = "import torch; from pipelines.machine.environment import require_passport as r; r(torch.device('npu'))"
     project.run("python", "-c", passport)  # so that the trace is that of the training alone
     project.run(*PRETRAIN, FAKECANN_TRACE=str(project.folder / TRACE))
     return project

@@ -13,9 +13,10 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from typer.testing import CliRunner
 
-from pipelines import audit, gates, sbom
-from pipelines.audit import Audit
+from pipelines import gates
 from pipelines.cli import app
+from pipelines.trust import audit, sbom
+from pipelines.trust.audit import Audit
 
 NVIDIA = ["libcuda.so.1", "libcudart.so.12", "libcublasLt.so.12", "libcudnn_ops.so.9", "libnccl.so.2", "libnvrtc.so.12",
           "libtorch_cuda.so", "libc10_cuda.so", "libcudart-a7b20f20.so.12"]  # fmt: skip

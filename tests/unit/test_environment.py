@@ -10,7 +10,8 @@ import torch
 
 from model import ModelConfig
 from model.train import TrainConfig
-from pipelines import environment, training
+from pipelines import training
+from pipelines.machine import environment
 
 CPU, NPU = torch.device("cpu"), SimpleNamespace(type="npu")  # PyTorch alone knows no device of that name
 MODEL = ModelConfig.preset("demo")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipelines import decisions, evidence, keys, register, stage, statement, tracking
+from pipelines import register, stage, tracking
 from pipelines.params import UserError, read_yaml
+from pipelines.trust import decisions, evidence, keys, statement
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion

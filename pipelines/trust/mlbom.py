@@ -1,7 +1,7 @@
 """Bill of materials of a model: CycloneDX 1.6 with the exported files, a model card, the data and the packages.
 
-`pipelines/sbom.py` lists what is installed; here that is one part of three. The library has no model card and no data
-component yet, so these are added to its JSON; the result is valid against CycloneDX's schema.
+`pipelines/trust/sbom.py` lists what is installed; here that is one part of three. The library has no model card and no
+data component yet, so these are added to its JSON; the result is valid against CycloneDX's schema.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 
-from pipelines import digests, sbom, stage
+from pipelines import digests, stage
+from pipelines.trust import sbom
 
 MODEL = "model"  # its reference in the bill
 

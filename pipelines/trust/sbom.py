@@ -14,8 +14,8 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from pipelines import repository
-from pipelines.audit import Audit
 from pipelines.stage import replacing
+from pipelines.trust.audit import Audit
 
 PROJECT = "shovel"
 
