@@ -7,8 +7,8 @@
 
 using namespace fakecann;
 
-static constexpr int64_t LARGEST_HEAD = 768, MOST_HEADS = 256, COMPRESSED_MASK = 2048;
-static constexpr size_t MOST_SEQUENCES = 2048;
+static constexpr int64_t LARGEST_HEAD = 768, MOST_HEADS = 256, MOST_SEQUENCES = 2048,
+                         COMPRESSED_MASK = 2048;
 static const std::vector<std::string> LAYOUTS = {"BSND", "BNSD", "BSH", "SBH", "TND"};
 
 namespace {
@@ -25,32 +25,28 @@ struct Arguments {
   bool compressed() const { return sparse_mode == 2 || sparse_mode == 3; }
   int64_t width() const { return flat() ? query->size(2) / heads : query->size(-1); }
 
-  at::Tensor to_bnsd(const at::Tensor& x, int64_t channels) const {
-    if (layout == "BNSD") return x;
-    if (layout == "BSND") return x.transpose(1, 2);
-    if (layout == "TND") return x.transpose(0, 1).unsqueeze(0);
-    auto split = x.reshape({x.size(0), x.size(1), -1, channels});
-    return layout == "BSH" ? split.transpose(1, 2) : split.permute({1, 2, 0, 3});
+  at::Tensor to_bnsd(const at::Tensor& given, int64_t channels) const {
+    if (layout == "BNSD") return given;
+    auto x = flat() ? given.unflatten(2, {-1, channels}) : varied() ? given.unsqueeze(0) : given;
+    return layout == "SBH" ? x.permute({1, 2, 0, 3}) : x.transpose(1, 2);
   }
-  at::Tensor from_bnsd(const at::Tensor& x) const {
-    if (layout == "BNSD") return x;
-    if (layout == "BSND") return x.transpose(1, 2);
-    if (layout == "TND") return x.squeeze(0).transpose(0, 1);
-    return layout == "BSH" ? x.transpose(1, 2).flatten(2) : x.permute({2, 0, 1, 3}).flatten(2);
+  at::Tensor from_bnsd(const at::Tensor& given) const {
+    if (layout == "BNSD") return given;
+    auto x = layout == "SBH" ? given.permute({2, 0, 1, 3}) : given.transpose(1, 2);
+    return flat() ? x.flatten(2) : varied() ? x.squeeze(0) : x;
   }
 };
 
 void check_ends(const char* what, const Integers* ends, int64_t length) {
   TORCH_CHECK(ends && !ends->empty(), "layout TND needs ", what);
-  TORCH_CHECK(ends->size() <= MOST_SEQUENCES, what, " has ", ends->size(), " sequences; the operator takes ",
-              MOST_SEQUENCES);
+  require_range("the number of sequences", static_cast<int64_t>(ends->size()), 1, MOST_SEQUENCES);
   TORCH_CHECK(std::is_sorted(ends->begin(), ends->end()) && ends->back() == length, what,
               " must be running ends that reach ", length, "; given ", at::IntArrayRef(*ends));
 }
 
 void check_mask(const Arguments& given) {
   require_type("atten_mask", given.mask, {at::kBool, at::kByte});
-  TORCH_CHECK(given.sparse_mode >= 0 && given.sparse_mode <= 3, "sparse_mode ", given.sparse_mode, " is not emulated");
+  require_range("sparse_mode, as far as it is emulated,", given.sparse_mode, 0, 3);
   TORCH_CHECK(!given.compressed() || (given.mask && given.mask->size(-1) == COMPRESSED_MASK &&
                                       given.mask->size(-2) == COMPRESSED_MASK),
               "sparse_mode ", given.sparse_mode, " needs an atten_mask of 2048 by 2048");
@@ -64,9 +60,8 @@ void check(const Arguments& given) {
   }
   TORCH_CHECK(std::find(LAYOUTS.begin(), LAYOUTS.end(), given.layout) != LAYOUTS.end(), "layout ", given.layout,
               " is not one of ", LAYOUTS);
-  TORCH_CHECK(given.heads >= 1 && given.heads <= MOST_HEADS, given.heads, " heads; the operator takes 1 to ",
-              MOST_HEADS);
-  TORCH_CHECK(given.width() <= LARGEST_HEAD, "a head of ", given.width(), " channels exceeds ", LARGEST_HEAD);
+  require_range("head_num", given.heads, 1, MOST_HEADS);
+  require_range("the number of channels of a head", given.width(), 1, LARGEST_HEAD);
   int64_t key_width = given.key->size(-1), value_width = given.value->size(-1);
   TORCH_CHECK(given.flat() || (key_width == given.width() && value_width <= given.width()),
               "channels of query, key and value are ", given.width(), ", ", key_width, " and ", value_width,

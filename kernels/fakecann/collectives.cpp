@@ -168,8 +168,6 @@ void distribute(Communicator* group, uint32_t root, Sent sent, void* receive, si
   exchange(group, std::move(messages));
 }
 
-void barrier(Communicator* group) { exchange_all(group, same(nullptr, 0), same(nullptr, 0)); }
-
 void join(Communicator* group) {
   if (group->size > MOST_RANKS) {
     refuse(HCCL_E_NOT_SUPPORT, "a group of " + std::to_string(group->size) + " ranks; the emulator takes " +
@@ -183,7 +181,7 @@ void join(Communicator* group) {
   if (data == MAP_FAILED) refuse(HCCL_E_MEMORY, "no room for " + path);
   group->shared = static_cast<Shared*>(data);
   group->shared->pids[group->rank] = getpid();
-  barrier(group);
+  exchange_all(group, same(nullptr, 0), same(nullptr, 0));  // until all have come
   if (group->rank == 0) unlink(path.c_str());
 }
 
@@ -287,46 +285,42 @@ HcclResult HcclGetCommName(HcclComm handle, char* name) {
 }
 
 HcclResult HcclGetCommAsyncError(HcclComm, HcclResult* code) { return HcclResult(give(code, HCCL_SUCCESS)); }
-HcclResult HcclGetRankSize(HcclComm handle, uint32_t* size) { return HcclResult(give(size, group_of(handle)->size)); }
-HcclResult HcclGetRankId(HcclComm handle, uint32_t* rank) { return HcclResult(give(rank, group_of(handle)->rank)); }
-const char* HcclGetErrorString(HcclResult) { return aclGetRecentErrMsg(); }
 
 // A collective: its arguments but for the group and the stream, which come last in all, and what it does.
 #define UNPACK(...) __VA_ARGS__
 #define COLLECTIVE(NAME, PARAMETERS, ...)                                    \
-  HcclResult NAME(UNPACK PARAMETERS HcclComm handle, aclrtStream) {          \
+  HcclResult NAME(UNPACK PARAMETERS, HcclComm handle, aclrtStream) {         \
     auto* group = group_of(handle);                                          \
     return attempt([&] { begin(group, #NAME), __VA_ARGS__; });               \
   }
 #define ELEMENTS uint64_t count, HcclDataType type
 #define REDUCED ELEMENTS, HcclReduceOp op
 
-COLLECTIVE(HcclBarrier, (), barrier(group))
-COLLECTIVE(HcclAllReduce, (void* send, void* receive, REDUCED, ),
+COLLECTIVE(HcclAllReduce, (void* send, void* receive, REDUCED),
            reduce_all(group, same(send, bytes_of(count, type)), receive, count, type, op))
-COLLECTIVE(HcclReduce, (void* send, void* receive, REDUCED, uint32_t root, ),
+COLLECTIVE(HcclReduce, (void* send, void* receive, REDUCED, uint32_t root),
            reduce_all(group, same(send, bytes_of(count, type)), group->rank == root ? receive : nullptr, count, type,
                       op))
-COLLECTIVE(HcclReduceScatter, (void* send, void* receive, REDUCED, ),
+COLLECTIVE(HcclReduceScatter, (void* send, void* receive, REDUCED),
            reduce_all(group, slices(send, bytes_of(count, type)), receive, count, type, op))
-COLLECTIVE(HcclAllGather, (void* send, void* receive, ELEMENTS, ),
+COLLECTIVE(HcclAllGather, (void* send, void* receive, ELEMENTS),
            exchange_all(group, same(send, bytes_of(count, type)), slices(receive, bytes_of(count, type))))
-COLLECTIVE(HcclAlltoAll, (const void* send, ELEMENTS, const void* receive, uint64_t, HcclDataType, ),
+COLLECTIVE(HcclAlltoAll, (const void* send, ELEMENTS, const void* receive, uint64_t, HcclDataType),
            exchange_all(group, slices(send, bytes_of(count, type)), slices(receive, bytes_of(count, type))))
 COLLECTIVE(HcclAlltoAllV,
            (const void* send, const void* counts, const void* starts, HcclDataType type, const void* receive,
-            const void* receive_counts, const void* receive_starts, HcclDataType, ),
+            const void* receive_counts, const void* receive_starts, HcclDataType),
            exchange_all(group, listed(send, counts, starts, bytes_of(1, type)),
                         listed(receive, receive_counts, receive_starts, bytes_of(1, type))))
-COLLECTIVE(HcclBroadcast, (void* data, ELEMENTS, uint32_t root, ),
+COLLECTIVE(HcclBroadcast, (void* data, ELEMENTS, uint32_t root),
            distribute(group, root, same(data, bytes_of(count, type)), data, bytes_of(count, type)))
-COLLECTIVE(HcclScatter, (void* send, void* receive, ELEMENTS, uint32_t root, ),
+COLLECTIVE(HcclScatter, (void* send, void* receive, ELEMENTS, uint32_t root),
            distribute(group, root, slices(send, bytes_of(count, type)), receive, bytes_of(count, type)))
-COLLECTIVE(HcclSend, (void* data, ELEMENTS, uint32_t to, ),
+COLLECTIVE(HcclSend, (void* data, ELEMENTS, uint32_t to),
            exchange(group, {message(true, to, data, bytes_of(count, type))}))
-COLLECTIVE(HcclRecv, (void* data, ELEMENTS, uint32_t from, ),
+COLLECTIVE(HcclRecv, (void* data, ELEMENTS, uint32_t from),
            exchange(group, {message(false, from, data, bytes_of(count, type))}))
-COLLECTIVE(HcclBatchSendRecv, (HcclSendRecvItem* items, uint32_t count, ), exchange(group, messages_of(items, count)))
+COLLECTIVE(HcclBatchSendRecv, (HcclSendRecvItem* items, uint32_t count), exchange(group, messages_of(items, count)))
 
 }  // extern "C"
 

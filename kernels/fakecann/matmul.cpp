@@ -34,16 +34,15 @@ static void check_grouped(Tensors xs, Tensors weights, Tensor groups, int64_t sp
   TORCH_CHECK(list_type == 0 || list_type == 1, "group_list_type ", list_type, " is not 0 (ends) or 1 (sizes)");
   TORCH_CHECK(split_item == 2 || split_item == 3, "one output for all groups needs split_item 2 or 3");
   TORCH_CHECK(group_type == 0 || group_type == 2, "group_type ", group_type, " is not 0 (rows) or 2 (inner axis)");
-  TORCH_CHECK(groups->dim() == 1 && groups->numel() <= MOST_GROUPS, "group_list takes at most ", MOST_GROUPS,
-              " groups");
+  TORCH_CHECK(groups->dim() == 1, "group_list is ", groups->sizes());
+  require_range("the number of groups", groups->numel(), 0, MOST_GROUPS);
   bool rows = group_type == 0;
   TORCH_CHECK(x.dim() == 2 && weight.dim() == (rows ? 3 : 2), "x is ", x.sizes(), ", weight is ", weight.sizes());
   TORCH_CHECK(!rows || weight.size(0) == groups->numel(), "group_list has ", groups->numel(),
               " groups for a weight of ", weight.size(0), " experts");
   TORCH_CHECK(x.size(1) == weight.size(rows ? 1 : 0), "inner axes differ: x is ", x.sizes(), ", weight is ",
               weight.sizes());
-  TORCH_CHECK(std::max(x.size(1), weight.size(-1)) <= LARGEST_INNER_AXIS || !rows, "an inner axis exceeds ",
-              LARGEST_INNER_AXIS);
+  if (rows) require_range("the longer inner axis", std::max(x.size(1), weight.size(-1)), 0, LARGEST_INNER_AXIS);
 }
 
 // The end of each group along the split axis; the groups must cover it exactly.

@@ -91,15 +91,15 @@ CHECKED(SwiGluGrad, (Tensor grad, Tensor x, int64_t axis, Tensor out), check_hal
 })
 
 // Rotary embedding: x * cos + turned(x) * sin. Mode 0 pairs channel i with i + D/2, mode 1 pairs neighbours.
-static constexpr int64_t LARGEST_ROTARY_HEAD = 894, MOST_ROTARY_ROWS = 1000;
+static constexpr int64_t LARGEST_ROTARY_HEAD = 894, MOST_ROTARY_ROWS = 999;
 
 static void check_rotary(Tensor x, Tensor cosine, Tensor sine, int64_t mode) {
   require_type("x", x, FLOATING);
   TORCH_CHECK(x->dim() == 4 && cosine->sizes() == sine->sizes(), "x is ", x->sizes(), ", cosine ", cosine->sizes(),
               ", sine ", sine->sizes());
   int64_t width = x->size(-1);
-  TORCH_CHECK(width % 2 == 0 && width <= LARGEST_ROTARY_HEAD, "a head of ", width, " channels is odd or above ",
-              LARGEST_ROTARY_HEAD);
+  TORCH_CHECK(width % 2 == 0, "a head of ", width, " channels is odd");
+  require_range("the number of channels of a head", width, 2, LARGEST_ROTARY_HEAD);
   TORCH_CHECK(cosine->size(-1) == width, "cosine has ", cosine->size(-1), " channels, x ", width);
   TORCH_CHECK(cosine->scalar_type() == x->scalar_type() && sine->scalar_type() == x->scalar_type(),
               "cosine and sine must be of the type of x, ", x->scalar_type());
@@ -108,8 +108,7 @@ static void check_rotary(Tensor x, Tensor cosine, Tensor sine, int64_t mode) {
   int64_t varied = 0, others = 1;
   for (int64_t axis = 0; axis < 3; axis++) (cosine->size(axis) > 1 ? ++varied : others *= x->size(axis));
   TORCH_CHECK(varied <= 1, "the interleaved mode takes one table for the whole batch; cosine is ", cosine->sizes());
-  TORCH_CHECK(varied == 0 || others < MOST_ROTARY_ROWS, "batch times heads is ", others,
-              "; the operator takes less than ", MOST_ROTARY_ROWS);
+  if (varied) require_range("batch times heads", others, 0, MOST_ROTARY_ROWS);
 }
 // By a quarter turn: forwards (a, b) becomes (-b, a), backwards (b, -a).
 static at::Tensor turned(const at::Tensor& x, int64_t mode, bool backwards) {
@@ -138,9 +137,8 @@ static void check_sinkhorn(Tensor x, int64_t iterations) {
   int64_t n = x->size(-1);
   TORCH_CHECK((n == 4 || n == 6 || n == 8) && x->size(-2) == n && (x->dim() == 3 || x->dim() == 4), "x is ",
               x->sizes(), "; the operator takes matrices of 4 by 4, 6 by 6 or 8 by 8");
-  TORCH_CHECK(x->numel() > 0 && x->numel() / (n * n) <= 65536, "x holds ", x->numel() / (n * n),
-              " matrices; the operator takes 1 to 65536");
-  TORCH_CHECK(iterations >= 1 && iterations <= 100, iterations, " iterations; the operator takes 1 to 100");
+  require_range("the number of matrices", x->numel() / (n * n), 1, 65536);
+  require_range("the number of iterations", iterations, 1, 100);
 }
 static std::pair<at::Tensor, at::Tensor> sinkhorn_steps(Tensor norm, Tensor sum, int64_t n) {
   int64_t places = norm->numel() / n / 8, count = sum->numel() / 8;

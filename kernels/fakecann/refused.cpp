@@ -9,16 +9,9 @@
 #include <aml/aml_fwk_detect.h>
 #include <profiling/prof_api.h>
 
-#include <vector>
-
 using namespace fakecann;
 
-struct aclTensorDesc {
-  aclDataType type;
-  aclFormat format;
-  std::vector<int64_t> sizes;
-};
-
+struct aclTensorDesc {};
 struct aclDataBuffer {};
 struct aclopAttr {};
 
@@ -41,28 +34,20 @@ aclError aclopCompileAndExecuteV2(const char* name, int, aclTensorDesc*[], aclDa
   return aclopCompileAndExecute(name, 0, {}, {}, 0, {}, {}, {}, {}, {}, {}, {});
 }
 
-aclTensorDesc* aclCreateTensorDesc(aclDataType type, int count, const int64_t* sizes, aclFormat format) {
-  return new aclTensorDesc{type, format, {sizes, sizes + count}};
+// One description, buffer and list of attributes stand for all, since nobody reads them.
+aclTensorDesc* aclCreateTensorDesc(aclDataType, int, const int64_t*, aclFormat) {
+  static aclTensorDesc all;
+  return &all;
+}
+aclDataBuffer* aclCreateDataBuffer(void*, size_t) {
+  static aclDataBuffer all;
+  return &all;
+}
+aclopAttr* aclopCreateAttr() {
+  static aclopAttr all;
+  return &all;
 }
 
-void aclDestroyTensorDesc(const aclTensorDesc* description) { delete description; }
-aclDataType aclGetTensorDescType(const aclTensorDesc* description) { return description->type; }
-aclFormat aclGetTensorDescFormat(const aclTensorDesc* description) { return description->format; }
-size_t aclGetTensorDescNumDims(const aclTensorDesc* description) { return description->sizes.size(); }
-
-aclError aclGetTensorDescDimV2(const aclTensorDesc* description, size_t index, int64_t* size) {
-  return index < description->sizes.size() ? give(size, description->sizes[index]) : ACL_ERROR_RT_PARAM_INVALID;
-}
-
-aclDataBuffer* aclCreateDataBuffer(void*, size_t) { return new aclDataBuffer; }
-
-aclError aclDestroyDataBuffer(const aclDataBuffer* buffer) {
-  delete buffer;
-  return ACL_SUCCESS;
-}
-
-aclopAttr* aclopCreateAttr() { return new aclopAttr; }
-void aclopDestroyAttr(const aclopAttr* attributes) { delete attributes; }
 size_t aclGetCompileoptSize(aclCompileOpt) { return 1; }
 
 aclError aclGetCompileopt(aclCompileOpt, char* value, size_t length) {
@@ -88,8 +73,11 @@ int rtGetC2cCtrlAddr(uint64_t*, uint32_t*) { return refuse_kernel(); }
 
 }  // extern "C"
 
-// Attributes and options of the legacy compiler: kept by nobody, since nothing is compiled.
-ACCEPTED(aclSetTensorDescName) ACCEPTED(aclSetTensorFormat) ACCEPTED(aclSetTensorShape) ACCEPTED(aclSetTensorPlaceMent)
+// Descriptions, attributes and options of the legacy compiler: kept by nobody, since nothing is compiled.
+ACCEPTED(aclDestroyTensorDesc) ACCEPTED(aclGetTensorDescType) ACCEPTED(aclGetTensorDescFormat)
+ACCEPTED(aclGetTensorDescNumDims) ACCEPTED(aclGetTensorDescDimV2) ACCEPTED(aclDestroyDataBuffer)
+ACCEPTED(aclopDestroyAttr) ACCEPTED(aclSetTensorDescName) ACCEPTED(aclSetTensorFormat) ACCEPTED(aclSetTensorShape)
+ACCEPTED(aclSetTensorPlaceMent)
 ACCEPTED(aclopSetAttrBool) ACCEPTED(aclopSetAttrInt) ACCEPTED(aclopSetAttrFloat) ACCEPTED(aclopSetAttrString)
 ACCEPTED(aclopSetAttrDataType) ACCEPTED(aclopSetAttrListBool) ACCEPTED(aclopSetAttrListInt)
 ACCEPTED(aclopSetAttrListFloat) ACCEPTED(aclopSetAttrListListInt) ACCEPTED(aclSetCompileopt)

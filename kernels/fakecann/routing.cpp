@@ -16,8 +16,7 @@ static void check_permute(Tensor x, Tensor indices, bool padded) {
   TORCH_CHECK(!padded, "padded mode is not supported");
   TORCH_CHECK(x->dim() == 2 && indices->dim() <= 2, "tokens are ", x->sizes(), ", indices ", indices->sizes());
   TORCH_CHECK(x->size(0) == indices->size(0), x->size(0), " tokens, ", indices->size(0), " rows of indices");
-  TORCH_CHECK(choices(indices) <= MOST_CHOICES, choices(indices), " experts a token; the operator takes ",
-              MOST_CHOICES);
+  require_range("the number of experts a token", choices(indices), 0, MOST_CHOICES);
 }
 CHECKED(MoeTokenPermute, (Tensor x, Tensor indices, int64_t, bool padded, Tensor out, Tensor sorted_indices),
         check_permute(x, indices, padded), {

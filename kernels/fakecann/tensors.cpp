@@ -9,9 +9,9 @@ namespace fakecann {
 
 at::ScalarType scalar_type(int acl_type) {
   static const std::map<int, at::ScalarType> types = {
-      {ACL_FLOAT, at::kFloat},          {ACL_FLOAT16, at::kHalf}, {ACL_BF16, at::kBFloat16}, {ACL_DOUBLE, at::kDouble},
-      {ACL_INT8, at::kChar},            {ACL_INT16, at::kShort},  {ACL_INT32, at::kInt},     {ACL_INT64, at::kLong},
-      {ACL_UINT8, at::kByte},           {ACL_BOOL, at::kBool},    {ACL_COMPLEX64, at::kComplexFloat},
+      {ACL_FLOAT, at::kFloat}, {ACL_FLOAT16, at::kHalf}, {ACL_BF16, at::kBFloat16}, {ACL_DOUBLE, at::kDouble},
+      {ACL_INT8, at::kChar},   {ACL_INT16, at::kShort},  {ACL_INT32, at::kInt},     {ACL_INT64, at::kLong},
+      {ACL_UINT8, at::kByte},  {ACL_BOOL, at::kBool},    {ACL_COMPLEX64, at::kComplexFloat},
       {ACL_COMPLEX128, at::kComplexDouble}};
   auto found = types.find(acl_type);
   TORCH_CHECK(found != types.end(), "the data type with number ", acl_type, " is not emulated");
@@ -63,6 +63,10 @@ void require_type(const char* what, Tensor tensor, Types allowed) {
   TORCH_CHECK(false, what, " is of type ", tensor->scalar_type(), "; the operator takes ", names);
 }
 
+void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
+  TORCH_CHECK(value >= low && value <= high, what, " is ", value, "; the operator takes ", low, " to ", high);
+}
+
 }  // namespace fakecann
 
 using namespace fakecann;
@@ -96,10 +100,10 @@ int destroy(Object* object) {
   delete object;
   return 0;
 }
-#define LIST(KIND, ITEM)                                                                               \
-  EXPORT auto* aclCreate##KIND(const ITEM* items, uint64_t count) { return copied(items, count); }     \
+#define LIST(KIND, ITEM)                                                                           \
+  EXPORT auto* aclCreate##KIND(const ITEM* items, uint64_t count) { return copied(items, count); } \
   EXPORT int aclDestroy##KIND(std::vector<ITEM>* list) { return destroy(list); }
-LIST(IntArray, int64_t) LIST(BoolArray, bool) LIST(FloatArray, float)
+LIST(IntArray, int64_t) LIST(BoolArray, bool)
 LIST(TensorList, Memory*) LIST(ScalarList, at::Scalar*)
 EXPORT int aclDestroyTensor(Memory* tensor) { return destroy(tensor); }
 EXPORT int aclDestroyScalar(at::Scalar* number) { return destroy(number); }

@@ -81,6 +81,7 @@ int run(Executor* executor);
 using Types = std::initializer_list<at::ScalarType>;
 constexpr Types FLOATING = {at::kFloat, at::kHalf, at::kBFloat16}, INDICES = {at::kInt, at::kLong};
 void require_type(const char* what, Tensor tensor, Types allowed);
+void require_range(const char* what, int64_t value, int64_t low, int64_t high);
 
 }  // namespace fakecann
 
