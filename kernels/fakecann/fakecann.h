@@ -71,5 +71,5 @@ int give(Output* output, std::type_identity_t<Output> value) {
 #pragma GCC diagnostic ignored "-Wattribute-alias"
 #pragma GCC diagnostic ignored "-Wmissing-attributes"
 extern "C" {
-[[maybe_unused]] static int accepted() { return 0; }
+[[maybe_unused]] static int64_t accepted() { return 0; }
 }
