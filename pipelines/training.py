@@ -162,12 +162,10 @@ def _table(history: list[Record]) -> pd.DataFrame:
 def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
     """First and last of each loss (mean of ten steps), size, how experts were used, and, on real devices, speed.
 
-    max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
-    expert that took no token.
+    max_load_over_mean: of the last ten steps, worst layer; balance: see `_balance`.
     """
     table = _table(history)
     losses = {name: float(table[name].tail(10).mean()) for name in history[-1] if name.endswith("_loss")}
-    idle = (table["min_load_over_mean"].iloc[config.warmup_steps :] == 0).sum()
     total, active = count_parameters(model)
     return {
         "steps": config.steps,
@@ -176,7 +174,7 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "loss_last": float(table["loss"].tail(10).mean()),
         **losses,
         "max_load_over_mean": float(table["max_load_over_mean"].tail(10).fillna(0).mean()),
-        "idle_experts": int(idle),
+        "balance": _balance(table.iloc[config.warmup_steps :]),
         "parameters": total,
         "active_parameters": active,
         "device": device.type,
@@ -184,6 +182,24 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "emulated": environment.emulated(device),
         "passport": environment.passport(device),
         **({} if environment.emulated(device) else _speed(model, config, table, device)),
+    }
+
+
+def _balance(table: pd.DataFrame) -> dict[str, float]:
+    """How evenly the experts were used in these steps, of the worst layer; empty where no layer has experts.
+
+    Loads are over the mean. above_twice: share of the batches whose busiest expert took more than twice the mean;
+    busiest, idlest: of any batch; busiest_ten_steps: worst mean of ten steps; idle: batches that left an expert out.
+    """
+    busiest, idlest = table["max_load_over_mean"].dropna(), table["min_load_over_mean"].dropna()
+    if busiest.empty:
+        return {}
+    return {
+        "above_twice": float((busiest > 2).mean()),
+        "busiest": float(busiest.max()),
+        "busiest_ten_steps": float(busiest.rolling(min(10, len(busiest))).mean().max()),
+        "idlest": float(idlest.min()),
+        "idle": int((idlest == 0).sum()),
     }
 
 
