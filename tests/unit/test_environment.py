@@ -1,4 +1,4 @@
-"""What a run says of its device, and that nothing about speed leaves an emulated one."""
+"""What a training says of its device and of its experts, and that nothing about speed leaves an emulated device."""
 
 import json
 from dataclasses import replace
@@ -49,6 +49,16 @@ def test_a_real_training_tells_its_speed() -> None:
     metrics = training._metrics(MODEL, replace(CONFIG, precision="float32"), [RECORD] * 12, CPU)
     assert not metrics["emulated"] and metrics.keys() >= SPEED
     assert training._shown(RECORD, CPU) == RECORD and "of peak" in training._live(MODEL, CONFIG, RECORD, CPU)
+
+
+def test_balance_is_that_of_the_batches_after_the_warm_up() -> None:
+    loads = [(5.0, 0.0)] * 2 + [(1.5, 0.5)] * 18 + [(3.0, 0.0), (1.5, 0.4)]
+    history = [RECORD | {"max_load_over_mean": busiest, "min_load_over_mean": idlest} for busiest, idlest in loads]
+    metrics = training._metrics(MODEL, replace(CONFIG, steps=22, warmup_steps=2), history, CPU)
+    expected = {"above_twice": 0.05, "busiest": 3.0, "busiest_ten_steps": 1.65, "idlest": 0.0, "idle": 1}
+    assert metrics["balance"] == pytest.approx(expected)
+    dense = {key: value for key, value in RECORD.items() if "load" not in key}
+    assert training._metrics(MODEL, CONFIG, [dense] * 12, CPU)["balance"] == {}
 
 
 def test_the_curve_of_an_emulated_training_has_no_speed(on_an_emulated_npu: None, tmp_path) -> None:
