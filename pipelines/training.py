@@ -174,7 +174,7 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "loss_last": float(table["loss"].tail(10).mean()),
         **losses,
         "max_load_over_mean": float(table["max_load_over_mean"].tail(10).fillna(0).mean()),
-        "balance": _balance(table.iloc[config.warmup_steps :]),
+        "balance": _balance(table, config),
         "parameters": total,
         "active_parameters": active,
         "device": device.type,
@@ -185,16 +185,19 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
     }
 
 
-def _balance(table: pd.DataFrame) -> dict[str, float]:
-    """How evenly the experts were used in these steps, of the worst layer; empty where no layer has experts.
+def _balance(table: pd.DataFrame, config: TrainConfig) -> dict[str, float]:
+    """How evenly the experts of the worst layer were used, from the step on at which rate, batch and attention had
+    warmed up; empty where no layer has experts or nothing came after.
 
     Loads are over the mean. above_twice: share of the batches whose busiest expert took more than twice the mean;
     busiest, idlest: of any batch; busiest_ten_steps: worst mean of ten steps; idle: batches that left an expert out.
     """
-    busiest, idlest = table["max_load_over_mean"].dropna(), table["min_load_over_mean"].dropna()
+    start = max(config.warmup_steps, config.batch_ramp_steps, config.dense_attention_steps)
+    busiest, idlest = (table[name].iloc[start:].dropna() for name in ("max_load_over_mean", "min_load_over_mean"))
     if busiest.empty:
         return {}
     return {
+        "first_step": start,
         "above_twice": float((busiest > 2).mean()),
         "busiest": float(busiest.max()),
         "busiest_ten_steps": float(busiest.rolling(min(10, len(busiest))).mean().max()),

@@ -51,12 +51,14 @@ def test_a_real_training_tells_its_speed() -> None:
     assert training._shown(RECORD, CPU) == RECORD and "of peak" in training._live(MODEL, CONFIG, RECORD, CPU)
 
 
-def test_balance_is_that_of_the_batches_after_the_warm_up() -> None:
+@pytest.mark.parametrize("schedule", ["warmup_steps", "batch_ramp_steps", "dense_attention_steps"])
+def test_balance_is_that_of_the_batches_after_the_warm_up(schedule: str) -> None:
     loads = [(5.0, 0.0)] * 2 + [(1.5, 0.5)] * 18 + [(3.0, 0.0), (1.5, 0.4)]
     history = [RECORD | {"max_load_over_mean": busiest, "min_load_over_mean": idlest} for busiest, idlest in loads]
-    metrics = training._metrics(MODEL, replace(CONFIG, steps=22, warmup_steps=2), history, CPU)
+    metrics = training._metrics(MODEL, replace(CONFIG, steps=22, **{schedule: 2}), history, CPU)
     expected = {"above_twice": 0.05, "busiest": 3.0, "busiest_ten_steps": 1.65, "idlest": 0.0, "idle": 1}
-    assert metrics["balance"] == pytest.approx(expected)
+    assert metrics["balance"] == pytest.approx(expected | {"first_step": 2})
+    assert training._metrics(MODEL, replace(CONFIG, **{schedule: 22}), history, CPU)["balance"] == {}
     dense = {key: value for key, value in RECORD.items() if "load" not in key}
     assert training._metrics(MODEL, CONFIG, [dense] * 12, CPU)["balance"] == {}
 
