@@ -103,8 +103,8 @@ class Pretrain(Training):
     balance_weight: float = Field(
         1e-4,
         ge=0,
-        description="weight of the sequence-wise balance loss; DeepSeek's, for batches of millions of tokens, where the "
-        "bias alone balances; 1 for a few thousand",
+        description="weight of the sequence-wise balance loss; DeepSeek's suits batches of millions of tokens, which "
+        "the bias alone balances; batches of a few thousand need about 1",
     )
     mtp_weights: list[float] = Field(
         default_factory=lambda: [0.3, 0.1],
