@@ -1,0 +1,58 @@
+"""Tests of the Triton kernels on the CPU by Triton's interpreter: `make test-triton`. Without Triton there are none.
+
+What only an accelerator can show is marked `triton_hardware` and reported as NOT RUN.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+INSTALLED = importlib.util.find_spec("triton") is not None
+collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
+os.environ |= {"TRITON_INTERPRET": "1"} if INSTALLED else {}
+
+# What NumPy says of infinities, which a device computes with without a word.
+QUIET = ["ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning"]
+
+
+def pytest_configure() -> None:
+    """The interpreter of Triton 3.2 takes arrays of one element for numbers, which NumPy 2.4 no longer does."""
+    if not INSTALLED:
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *others: Any) -> None:
+        original(tensor, *others)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            for line in QUIET:
+                item.add_marker(pytest.mark.filterwarnings(line))
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> Iterator[None]:
+    """Tensors on the CPU are computed by the Triton kernels, in three programs side by side."""
+    from moe_kernels import device, dispatch
+
+    dispatch._probe.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch.ORDER, "cpu", ("triton",))
+        patch.setattr(device, "cores", lambda _: 3)
+        patch.setattr("moe_kernels.triton.tiles.ELSEWHERE", 1)
+        yield
+    dispatch._probe.cache_clear()
