@@ -71,9 +71,7 @@ def _chunk(words: int) -> int:
 
 
 @triton.jit
-def _loss_kernel(
-    logits, targets, losses, log_sums, tokens, ignored, WORDS: tl.constexpr, CHUNK: tl.constexpr
-) -> None:
+def _loss_kernel(logits, targets, losses, log_sums, tokens, ignored, WORDS: tl.constexpr, CHUNK: tl.constexpr) -> None:
     """Maximum and sum of each element of a chunk, joined at the end of the row; no number for a word that is none."""
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         row = logits + tl.cast(token, tl.int64) * WORDS

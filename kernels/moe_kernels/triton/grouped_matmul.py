@@ -86,9 +86,7 @@ def find(tile, counts_E, PADDED: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def weight_tile(
-    start, inner, column, INNER: tl.constexpr, OUTER: tl.constexpr, TRANSPOSED: tl.constexpr
-) -> tl.tensor:
+def weight_tile(start, inner, column, INNER: tl.constexpr, OUTER: tl.constexpr, TRANSPOSED: tl.constexpr) -> tl.tensor:
     """[inner, column] of a matrix [INNER, OUTER], or of one that is kept transposed."""
     if TRANSPOSED:
         mask = (column[:, None] < OUTER) & (inner[None, :] < INNER)

@@ -109,9 +109,7 @@ def _block(width: int) -> int:
 
 
 @triton.jit
-def _count(
-    indices, counts, total, chunks, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
-) -> None:
+def _count(indices, counts, total, chunks, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr) -> None:
     expert = tl.arange(0, COLUMNS)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         choice = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -128,7 +126,7 @@ def _place(indices, starts, places, total, chunks, CHUNK: tl.constexpr) -> None:
         inside = mine < total - chunk * CHUNK
         owner = tl.load(indices + chunk * CHUNK + mine, mask=inside, other=0).to(tl.int32)
         before = (owner[:, None] == owner[None, :]) & (mine[None, :] < mine[:, None])
-        rank = tl.sum(before.to(tl.int32), axis=1)
+        rank = tl.sum(before.to(tl.float32), axis=1).to(tl.int32)
         start = tl.load(starts + owner * chunks + chunk, mask=inside, other=0)
         tl.store(places + chunk * CHUNK + mine, start + rank, mask=inside)
 
