@@ -1,0 +1,43 @@
+"""Every kernel compiles, which the interpreter does not show: it takes more than a compiler does."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from moe_kernels.triton import tiles
+
+HERE = Path(__file__).parent
+FOLDER = Path(tiles.__file__).parent
+
+
+def launched() -> list[str]:
+    """Names of kernels that the folder launches, `name[grid(...)](...)`."""
+    calls = (node for path in FOLDER.glob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    found = (node.func for node in calls if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript))
+    return sorted({function.value.id for function in found if isinstance(function.value, ast.Name)})
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[list[str]]:
+    """[kernel, target, what went wrong] of every launch that the passport's cases make."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", str(HERE / "lowering.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", ["ascend", "nvidia"])
+def test_every_kernel_compiles(target: str, compiled: list[list[str]]) -> None:
+    if target not in triton.backends.backends:
+        pytest.skip("needs a Triton that compiles for it")
+    own = [entry for entry in compiled if entry[1] == target]
+    assert sorted({kernel for kernel, *_ in own}) == launched()
+    assert [entry for entry in own if entry[2]] == []
