@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for kernels_of.py
 INSTALLED = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 os.environ |= {"TRITON_INTERPRET": "1"} if INSTALLED else {}
@@ -23,18 +26,23 @@ QUIET = ["ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarn
 
 
 def pytest_configure() -> None:
-    """The interpreter of Triton 3.2 takes arrays of one element for numbers, which NumPy 2.4 no longer does."""
+    """The interpreter of triton-ascend 3.2 takes arrays of one element for numbers, which NumPy 2.4 no longer does, and
+    patches the language at every call of a function, where once is enough and several times as fast."""
     if not INSTALLED:
         return
+    import triton
     from triton.runtime import interpreter
 
-    original = interpreter._patch_lang_tensor
+    if not triton.__version__.startswith("3.2."):
+        return
+    patch_tensor = interpreter._patch_lang_tensor
 
-    def patched(tensor: Any, *others: Any) -> None:
-        original(tensor, *others)
+    def patched(tensor: Any) -> None:
+        patch_tensor(tensor)
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patched
+    interpreter._patch_lang = cache(interpreter._patch_lang)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

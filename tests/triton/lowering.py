@@ -37,7 +37,7 @@ def launches() -> Iterator[Launch]:
         constants = {p.name: value for p, value in pairs if p.is_constexpr or value is None}
         types = {p.name: _type(value) for p, value in pairs if p.name not in constants}
         flags = {name: value for name, value in constants.items() if isinstance(value, bool)}
-        found.setdefault(f"{kernel.fn.__module__}.{kernel.fn.__name__} {types} {flags}", (kernel, types, constants))
+        found.setdefault(f"{name_of(kernel)} {types} {flags}", (kernel, types, constants))
 
     triton.JITFunction.run = note
     torch.autocast = lambda *_, **__: contextlib.nullcontext()  # which knows no meta device
@@ -48,6 +48,10 @@ def launches() -> Iterator[Launch]:
                 inputs = [numerics._cast(value, dtype) for value in case.inputs]
                 numerics.results(case.call, [numerics._to(value, torch.device("meta")) for value in inputs])
     yield from found.values()
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
 
 
 def _type(value: Any) -> str:
@@ -93,4 +97,4 @@ def attempt(target: str, launch: Launch) -> str:
 
 if __name__ == "__main__":
     able = [target for target in TARGETS if target in triton.backends.backends]
-    print(json.dumps([[one[0].fn.__name__, target, attempt(target, one)] for one in launches() for target in able]))
+    print(json.dumps([[name_of(one[0]), target, attempt(target, one)] for one in launches() for target in able]))

@@ -7,11 +7,10 @@ LANGUAGE: names of triton.language that triton-ascend's table of operations mark
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moe_kernels.triton import tiles
+from kernels_of import FILES, kernels
 
 TYPES = {"constexpr", "tensor", "float32", "int32", "int64"}
 LANGUAGE = TYPES | {
@@ -19,7 +18,6 @@ LANGUAGE = TYPES | {
     "num_programs", "program_id", "rsqrt", "sigmoid", "sqrt", "store", "sum", "trans", "where", "zeros",
 }  # fmt: skip
 ON_THE_HOST = {"cdiv", "jit", "next_power_of_2", "language", "runtime"}  # of triton itself
-FILES = sorted(Path(tiles.__file__).parent.glob("*.py"))
 
 
 def attributes(tree: ast.AST, module: str) -> set[str]:
@@ -29,14 +27,6 @@ def attributes(tree: ast.AST, module: str) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module
     }
-
-
-def kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Functions that Triton compiles."""
-    for path in FILES:
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list):
-                yield f"{path.stem}.{node.name}", node
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -53,11 +43,9 @@ def test_the_list_names_nothing_that_is_not_used() -> None:
     assert set().union(*(attributes(ast.parse(path.read_text()), "tl") for path in FILES)) == LANGUAGE
 
 
-@pytest.mark.parametrize(("name", "kernel"), kernels(), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_kernel_takes_its_tasks_in_turn(name: str, kernel: ast.FunctionDef) -> None:
+@pytest.mark.parametrize("name", kernels())
+def test_a_kernel_takes_its_tasks_in_turn(name: str) -> None:
     """However few programs there are: tasks begin at the program's number and go on by how many there are."""
-    numbers = [node for node in ast.walk(kernel) if ast.unparse(node) == "tl.program_id(0)"]
-    loops = [node.iter for node in ast.walk(kernel) if isinstance(node, ast.For)]
-    turns = [loop for loop in loops if ast.unparse(loop).startswith("range(tl.program_id(0), ")]
-    helper = not numbers
-    assert helper or (len(turns) == 1 and ast.unparse(turns[0]).endswith(", tl.num_programs(0))"))
+    loops = [ast.unparse(node.iter) for node in ast.walk(kernels()[name]) if isinstance(node, ast.For)]
+    turns = [loop for loop in loops if loop.startswith("range(tl.program_id(0), ")]
+    assert len(turns) == 1 and turns[0].endswith(", tl.num_programs(0))")
