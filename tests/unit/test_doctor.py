@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import doctor
 from pipelines.cli import app
-from pipelines.doctor import FAIL, OK, WARN, Chip, Line
+from pipelines.machine import doctor
+from pipelines.machine.doctor import FAIL, OK, WARN, Chip, Line
 
 ROOT = Path(__file__).parents[2]
 SMI = """
@@ -30,7 +30,7 @@ SMI = """
 
 
 def test_chips_are_read_from_npu_smi() -> None:
-    assert doctor.parse_chips(SMI) == [Chip(0, "910B3", "OK", 65536), Chip(1, "910B3", "Alarm", 65536)]
+    assert doctor.parse_chips(SMI) == [Chip(0, "910B3", "OK", 65536, 93.6), Chip(1, "910B3", "Alarm", 65536, 91.2)]
     assert doctor.driver(True, SMI) == Line("driver", OK, "24.1.rc3")
 
 
@@ -106,7 +106,7 @@ def test_the_command_is_the_same_table() -> None:
 
 def test_it_works_with_nothing_installed() -> None:
     """Without site-packages every package fails, by name, with the line that installs it."""
-    command = [sys.executable, "-S", "-m", "pipelines.doctor", "--json"]
+    command = [sys.executable, "-S", "-m", "pipelines.machine.doctor", "--json"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     torch = next(line for line in json.loads(done.stdout) if line["part"] == "torch")

@@ -3,7 +3,7 @@
     shovel passport                     -> reports/passport.json, reports/passport.html
 
 `pretrain`, `finetune`, `evaluate` and `export` make it by themselves where this stack (device, versions, kernels) has
-none, and keep it below ~/.cache/shovel/passports; there `python -m pipelines.passport DEVICE FILE` is what runs. What
+none, and keep it below ~/.cache/shovel/passports; there `python -m pipelines.machine.passport DEVICE FILE` runs. What
 does not pass is left to the reference, in the rest of the comparison too.
 
 Operations are compared with the reference in fp64, blocks and the curve of 50 steps with the references in fp32 on the
@@ -38,7 +38,8 @@ from model.context import Context
 from model.precision import autocast
 from model.train import TrainConfig, train
 from model.transformer import build
-from pipelines import environment, pages, stage
+from pipelines import pages, stage
+from pipelines.machine import environment
 
 STEPS, LENGTH, ROWS = 50, 32, 4
 NAMES = {FP32: "float32", BF16: "bfloat16"}
