@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for kernels_of.py
@@ -26,8 +28,9 @@ QUIET = ["ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarn
 
 
 def pytest_configure() -> None:
-    """The interpreter of triton-ascend 3.2 takes arrays of one element for numbers, which NumPy 2.4 no longer does, and
-    patches the language at every call of a function, where once is enough and several times as fast."""
+    """The interpreter of triton-ascend 3.2 takes arrays of one element for numbers, which NumPy 2.4 no longer does; it
+    cuts numbers to bfloat16, where devices round; and it patches the language at every call of a function, where once
+    is enough and several times as fast."""
     if not INSTALLED:
         return
     import triton
@@ -41,7 +44,14 @@ def pytest_configure() -> None:
         patch_tensor(tensor)
         tensor.__index__ = lambda self: self.handle.data.item()
 
-    interpreter._patch_lang_tensor = patched
+    convert = interpreter._convert_float
+
+    def rounded(value: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(value, source, target, mode)
+        return torch.from_numpy(np.array(value)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._patch_lang_tensor, interpreter._convert_float = patched, rounded
     interpreter._patch_lang = cache(interpreter._patch_lang)
 
 

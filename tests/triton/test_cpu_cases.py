@@ -1,4 +1,4 @@
-"""The tests of the compiled CPU kernels, on the Triton kernels: ragged and empty experts, odd sizes, views, one token.
+"""The tests of the compiled CPU kernels, on the Triton kernels: empty experts, odd sizes, views, one token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FILE = Path(__file__).parents[1] / "parity" / "test_cpu_kernels.py"
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # the interpreter cuts bfloat16 where a device rounds
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 LONGEST = 80  # axis of a shape
 PARITY = ("attention", "experts", "hyper", "rms_norm", "rotate", "swiglu", "window_attention")  # how their names begin
 
@@ -34,6 +34,10 @@ def of_small_shapes(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
-for name, test in vars(cpu_kernels()).items():
-    if name.startswith(tuple(f"test_{operation}" for operation in PARITY)) and "as_many_rows" not in name:
-        globals()[name] = of_small_shapes(test)
+globals().update(
+    {
+        name: of_small_shapes(value)
+        for name, value in vars(cpu_kernels()).items()
+        if name.startswith(tuple(f"test_{operation}" for operation in PARITY)) and "as_many_rows" not in name
+    }
+)
