@@ -127,6 +127,15 @@ def put_rows(x, start, row, left, value, STRIDE: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def _place(task, length, HEADS: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+    """(head, row of the batch, number of the tile in it, its first token there and, as int64, in the whole batch)."""
+    tiles = tl.cdiv(length, TILE)
+    batch = task // (tiles * HEADS)
+    begin = task % tiles * TILE
+    return task // tiles % HEADS, batch, task % tiles, begin, tl.cast(batch, tl.int64) * length + begin
+
+
+@triton.jit
 def _seen(documents, batch, query, key, queries, keys, MANY: tl.constexpr) -> tl.tensor:
     """[S, T]: which of some queries (places among the keys) see which keys."""
     seen = (key[None, :] <= query[:, None]) & (key[None, :] < keys) & (query[:, None] < keys)
@@ -144,12 +153,8 @@ def _forward(
     TILE: tl.constexpr, PADDED: tl.constexpr, PADDED_VALUES: tl.constexpr, MANY: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.arange(0, TILE)
-    tiles = tl.cdiv(queries, TILE)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        head = task // tiles % HEADS
-        batch = task // (tiles * HEADS)
-        begin = task % tiles * TILE
-        start = tl.cast(batch, tl.int64) * queries + begin
+        head, batch, number, begin, start = _place(task, queries, HEADS, TILE)
         own = rows_of(q + head * WIDTH, start, row, queries - begin, HEADS * WIDTH, WIDTH, PADDED)
         place = keys - queries + begin + row
         top = tl.full((TILE,), LOWEST, tl.float32)
@@ -157,9 +162,9 @@ def _forward(
         result = tl.zeros((TILE, PADDED_VALUES), dtype=tl.float32)
         low = 0
         if MANY:
-            low = tl.load(first + batch * tiles + task % tiles)
-        for number in range(low, tl.cdiv(tl.minimum(keys - queries + begin + TILE, keys), TILE)):
-            at = number * TILE
+            low = tl.load(first + batch * tl.cdiv(queries, TILE) + number)
+        for other_tile in range(low, tl.cdiv(tl.minimum(keys - queries + begin + TILE, keys), TILE)):
+            at = other_tile * TILE
             source = tl.cast(batch, tl.int64) * keys + at
             other = rows_of(k + head * WIDTH, source, row, keys - at, HEADS * WIDTH, WIDTH, PADDED)
             seen = _seen(documents, batch, place, at + row, queries, keys, MANY)
@@ -185,13 +190,9 @@ def _by_queries(
     TILE: tl.constexpr, PADDED: tl.constexpr, PADDED_VALUES: tl.constexpr, MANY: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.arange(0, TILE)
-    tiles = tl.cdiv(queries, TILE)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        head = task // tiles % HEADS
-        batch = task // (tiles * HEADS)
-        begin = task % tiles * TILE
+        head, batch, number, begin, start = _place(task, queries, HEADS, TILE)
         left = queries - begin
-        start = tl.cast(batch, tl.int64) * queries + begin
         own = rows_of(q + head * WIDTH, start, row, left, HEADS * WIDTH, WIDTH, PADDED)
         slope = rows_of(grad + head * VALUES, start, row, left, HEADS * VALUES, VALUES, PADDED_VALUES)
         spots = start * HEADS + (row * HEADS + head)
@@ -201,9 +202,9 @@ def _by_queries(
         result = tl.zeros((TILE, PADDED), dtype=tl.float32)
         low = 0
         if MANY:
-            low = tl.load(first + batch * tiles + task % tiles)
-        for number in range(low, tl.cdiv(tl.minimum(keys - queries + begin + TILE, keys), TILE)):
-            at = number * TILE
+            low = tl.load(first + batch * tl.cdiv(queries, TILE) + number)
+        for other_tile in range(low, tl.cdiv(tl.minimum(keys - queries + begin + TILE, keys), TILE)):
+            at = other_tile * TILE
             source = tl.cast(batch, tl.int64) * keys + at
             other = rows_of(k + head * WIDTH, source, row, keys - at, HEADS * WIDTH, WIDTH, PADDED)
             values = rows_of(v + head * VALUES, source, row, keys - at, HEADS * VALUES, VALUES, PADDED_VALUES)
@@ -222,21 +223,17 @@ def _by_keys(
     TILE: tl.constexpr, PADDED: tl.constexpr, PADDED_VALUES: tl.constexpr, MANY: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.arange(0, TILE)
-    tiles = tl.cdiv(keys, TILE)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        head = task // tiles % HEADS
-        batch = task // (tiles * HEADS)
-        begin = task % tiles * TILE
-        source = tl.cast(batch, tl.int64) * keys + begin
+        head, batch, number, begin, source = _place(task, keys, HEADS, TILE)
         own = rows_of(k + head * WIDTH, source, row, keys - begin, HEADS * WIDTH, WIDTH, PADDED)
         values = rows_of(v + head * VALUES, source, row, keys - begin, HEADS * VALUES, VALUES, PADDED_VALUES)
         result = tl.zeros((TILE, PADDED), dtype=tl.float32)
         sums = tl.zeros((TILE, PADDED_VALUES), dtype=tl.float32)
         high = tl.cdiv(queries, TILE)
         if MANY:
-            high = tl.load(last + batch * tiles + task % tiles)
-        for number in range(tl.maximum(begin - (keys - queries), 0) // TILE, high):
-            at = number * TILE
+            high = tl.load(last + batch * tl.cdiv(keys, TILE) + number)
+        for other_tile in range(tl.maximum(begin - (keys - queries), 0) // TILE, high):
+            at = other_tile * TILE
             left = queries - at
             start = tl.cast(batch, tl.int64) * queries + at
             other = rows_of(q + head * WIDTH, start, row, left, HEADS * WIDTH, WIDTH, PADDED)

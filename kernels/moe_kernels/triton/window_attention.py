@@ -137,6 +137,18 @@ def _keys_at(x, batch, place, keys, WIDTH: tl.constexpr, PADDED: tl.constexpr) -
 
 
 @triton.jit
+def _place(task, queries, chunk, HEADS: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+    """(head, row of the batch, first query of the chunk and of the tile, queries left, the tile's first as int64)."""
+    each = tl.cdiv(chunk, TILE)
+    tiles = tl.cdiv(queries, chunk) * each
+    batch = task // (tiles * HEADS)
+    origin = task % tiles // each * chunk
+    begin = origin + task % each * TILE
+    left = tl.minimum(queries, origin + chunk) - begin
+    return task // tiles % HEADS, batch, origin, begin, left, tl.cast(batch, tl.int64) * queries + begin
+
+
+@triton.jit
 def _seen(mask, start, row, left, column, columns) -> tl.tensor:
     """[S, K] of a mask whose rows from `start` on are `columns` long."""
     inside = (row[:, None] < left) & (column[None, :] >= 0) & (column[None, :] < columns)
@@ -169,15 +181,8 @@ def _forward(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.arange(0, TILE)
-    each = tl.cdiv(chunk, TILE)
-    tiles = tl.cdiv(queries, chunk) * each
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        head = task // tiles % HEADS
-        batch = task // (tiles * HEADS)
-        origin = task % tiles // each * chunk
-        begin = origin + task % each * TILE
-        left = tl.minimum(queries, origin + chunk) - begin
-        start = tl.cast(batch, tl.int64) * queries + begin
+        head, batch, origin, begin, left, start = _place(task, queries, chunk, HEADS, TILE)
         own = rows_of(q + head * WIDTH, start, row, left, HEADS * WIDTH, WIDTH, PADDED)
         top = tl.zeros((TILE,), dtype=tl.float32) + tl.load(sinks + head)
         total = tl.full((TILE,), 1.0, tl.float32)
@@ -230,15 +235,8 @@ def _by_queries(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.arange(0, TILE)
-    each = tl.cdiv(chunk, TILE)
-    tiles = tl.cdiv(queries, chunk) * each
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        head = task // tiles % HEADS
-        batch = task // (tiles * HEADS)
-        origin = task % tiles // each * chunk
-        begin = origin + task % each * TILE
-        left = tl.minimum(queries, origin + chunk) - begin
-        start = tl.cast(batch, tl.int64) * queries + begin
+        head, batch, origin, begin, left, start = _place(task, queries, chunk, HEADS, TILE)
         own = rows_of(q + head * WIDTH, start, row, left, HEADS * WIDTH, WIDTH, PADDED)
         slope = rows_of(grad + head * WIDTH, start, row, left, HEADS * WIDTH, WIDTH, PADDED)
         log_sum = tl.load(log_sums + start * HEADS + (row * HEADS + head), mask=row < left, other=0.0)[:, None]
