@@ -94,6 +94,7 @@ endef
 	@touch $@
 
 .venv-triton/installed: .venv/installed-dev
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "triton-ascend is made for Python 3.11; rebuild .venv: rm -r .venv; make PYTHON=python3.11 test-triton"; exit 2; }
 	$(call on_top_of_venv,.venv-triton)
 	$(call install,.venv-triton: triton-ascend,--no-deps -c constraints.txt triton-ascend pybind11,.venv-triton/bin)
 	@touch $@
