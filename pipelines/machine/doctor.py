@@ -208,7 +208,11 @@ def torch_npu(cards: bool, torch: str | None, npu: str | None, cann: str | None)
 
 def triton(cards: bool) -> Line:
     found = installed("triton-ascend")
-    return Line("triton-ascend", OK, found or ("not installed; only torch.compile needs it" if cards else "not needed"))
+    return Line(
+        "triton-ascend",
+        OK,
+        found or ("not installed; torch.compile and some kernels need it" if cards else "not needed"),
+    )
 
 
 def settings(cards: bool, environment: Mapping[str, str]) -> list[Line]:
