@@ -74,7 +74,10 @@ class PackedTokens:
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(order of documents, end of each in the epoch's stream, order of rows); a row's source is its middle token's."""
+        """(order of documents, end of each in the epoch's stream, order of rows).
+
+        A row counts to the source of its middle token.
+        """
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.lengths))
         ends, rows = self.lengths[order].cumsum(), random.permutation(self.rows_per_epoch)
