@@ -23,6 +23,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
+from moe_kernels import skinny_linear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,6 +155,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samplers)
 
+    @torch.inference_mode()
     def join(self, reading: Reading) -> None:
         """The rows of a reading that is done come last. All readings of a batch are of one model."""
         assert reading.done
@@ -169,6 +171,7 @@ class Batch:
         self.samplers += reading.samplers
         self._arrange(range(len(self)))
 
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """All other rows leave; these stay, in this order."""
         self.samplers = [self.samplers[row] for row in rows]
@@ -212,7 +215,8 @@ class Batch:
 
     def _arrange(self, rows: Sequence[int]) -> None:
         """Those rows, and copies of the first up to what a pass needs."""
-        multiple = max(MULTIPLE, tokens_of_a_pass(self.net.config) // (1 if self.ahead is None else 2))
+        width = 1 if self.ahead is None else 2
+        multiple = 1 if self.net.decodes(width) else max(MULTIPLE, tokens_of_a_pass(self.net.config) // width)
         places = [*rows, *[rows[0]] * (-len(rows) % multiple)]
         if self.pace and len(places) != len(self.next):
             self.pace = Pace()
@@ -237,5 +241,4 @@ def _copied(cache: Cache) -> Cache:
 
 def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:
     """Logits [R, V] fp32."""
-    rows = len(hidden_RD)
-    return F.linear(F.pad(hidden_RD, (0, 0, 0, -rows % MULTIPLE)), net.lm_head.weight)[:rows].float()
+    return skinny_linear(hidden_RD, net.lm_head.weight).float()
