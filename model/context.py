@@ -42,8 +42,8 @@ class Context:
 
     document_ids [B, S]: tokens see each other and count positions inside a run of equal ids; negative ids mark padding.
     With a cache the tokens go on where each row's cache ends, and every row is one document; counts_B says how many
-    of the S tokens of each row are real (the rest is padding on the right). decoding: there are few of them, and kernels
-    that take each on its own.
+    of the S tokens of each row are real (the rest is padding on the right). decoding: there are few of them, and
+    kernels that take each on its own.
     """
 
     def __init__(

@@ -257,9 +257,9 @@ def decode_compressed_attention(
 
     lengths, ends, frequencies: as for `decode_latent_attention`. weights: query down, norm, up; key, norm; output a
     group [groups * L, H C / groups], output; sinks. compression: values, gates, bias [M, X], norm of a layer with
-    compressed entries, X = 2 C where blocks overlap. indexing: the same of the indexer, then its queries and the weights
-    of its heads; it chooses `top_k` entries. caches: values and positions of the window; of the compressor's tokens and
-    of its entries; of the indexer's, in that order, as many as there are, filled in place.
+    compressed entries, X = 2 C where blocks overlap. indexing: the same of the indexer, then its queries and weights of
+    its heads; it chooses `top_k` entries. caches: values and positions of the window, then of the compressor's tokens
+    and of its entries, then the same of the indexer, as many as there are; filled in place.
     """
     decode = implementation("decode_compressed_attention", x_BSD.device.type)
     given = (weights, compression, indexing, caches)

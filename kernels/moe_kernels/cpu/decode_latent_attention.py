@@ -1,6 +1,6 @@
 """Multi-head latent attention of a decoding step; `decode_latent_attention.cpp` has the passes and their cost.
 
-Shapes: B rows, S new tokens a row, D hidden size, N slots, C latent and R rotary channels, X = C + R. Without gradients.
+Without gradients. Shapes: B rows, S new tokens a row, D hidden size, N slots, C latent, R rotary channels, X = C + R.
 """
 
 from __future__ import annotations

@@ -37,6 +37,15 @@ inline V sums(V v[W]) {
   return v[0];
 }
 
+// Keeps a vector in a register: compilers like to load it again for each use, which is as dear as the multiply-add.
+inline void hold([[maybe_unused]] V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // Dot products of ROWS rows with W / ROWS others: out[output * ROWS + row]. The numbers from `next` on are needed soon;
 // many short rows side by side are more than the processor foresees.
 template <int ROWS>
@@ -46,7 +55,7 @@ inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS]
   along(inner, [&](int64_t at, auto get, auto) {
     V left[ROWS];
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; i++) left[i] = get(x[i] + at);
+    for (int i = 0; i < ROWS; i++) left[i] = get(x[i] + at), hold(left[i]);
 #pragma GCC unroll 16
     for (int j = 0; j < W / ROWS; j++) {
       __builtin_prefetch(next + at * (W / ROWS) + j * W);
