@@ -82,7 +82,9 @@ class Slots:
 
     def ready(self, like: Tensor, channels: int, capacity: int = 0) -> tuple[Tensor, Tensor]:
         """(values [B, N + 1, C], positions [B, N + 1]) with room for `capacity`, for an operation that fills them."""
-        self._room(like.new_empty(len(like), 0, channels), self.size or _rounded(capacity))
+        size = self.size or _rounded(capacity)
+        if self.values_BNC is None or self.values_BNC.shape[1] <= size:
+            self._room(like.new_empty(len(like), 0, channels), size)
         assert self.values_BNC is not None and self.positions_BN is not None
         return self.values_BNC, self.positions_BN
 

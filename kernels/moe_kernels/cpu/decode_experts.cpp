@@ -82,19 +82,19 @@ struct Share {
   std::vector<int64_t> pairs;
 };
 
-// The output of each pair of one expert, from rows x [T, D]; choices: pairs of a row.
+// The output of each pair of one expert, from rows x [T, D]; choices: pairs of a row; after: the next expert's gate.
 void feed_forward(const Share& own, const float* x, int64_t width, int64_t choices, const float* weights, float limit,
-                  float* out) {
+                  const float* after, float* out) {
   const int64_t rows = own.pairs.size();
   auto memory = std::make_unique_for_overwrite<float[]>(rows * (2 * width + 2 * own.inner));
   float *in = memory.get(), *result = in + rows * width, *gate = result + rows * width, *up = gate + rows * own.inner;
   for (int64_t i = 0; i < rows; i++) std::memcpy(in + i * width, x + own.pairs[i] / choices * width, width * sizeof(float));
-  thin(rows, {in, width}, {own.gate, width}, width, 0, own.inner, gate, own.inner);
-  thin(rows, {in, width}, {own.up, width}, width, 0, own.inner, up, own.inner);
+  thin(rows, {in, width}, {own.gate, width, own.up}, width, 0, own.inner, gate, own.inner);
+  thin(rows, {in, width}, {own.up, width, own.down}, width, 0, own.inner, up, own.inner);
   for (int64_t i = 0; i < rows; i++)
     swiglu_row(gate + i * own.inner, up + i * own.inner, own.inner, limit, weights ? weights[own.pairs[i]] : 1.0f,
                gate + i * own.inner);
-  thin(rows, {gate, own.inner}, {own.down, own.inner}, own.inner, 0, width, result, width);
+  thin(rows, {gate, own.inner}, {own.down, own.inner, after}, own.inner, 0, width, result, width);
   for (int64_t i = 0; i < rows; i++) std::memcpy(out + own.pairs[i] * width, result + i * width, width * sizeof(float));
 }
 
@@ -131,9 +131,11 @@ Tensor decode_experts(const Tensor& x, const Tensor& router, const std::optional
   float* to = floats_of(y);
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i <= used.size(); i = next++)
-      i ? feed_forward(used[i - 1], floats(x), width, choices, weights.data(), limit_of(limit), routed.get())
-        : feed_forward(shared, floats(x), width, 1, nullptr, limit_of(limit), to);
+    for (size_t i = next++; i <= used.size(); i = next++) {
+      const float* after = i < used.size() ? used[i].gate : nullptr;
+      i ? feed_forward(used[i - 1], floats(x), width, choices, weights.data(), limit_of(limit), after, routed.get())
+        : feed_forward(shared, floats(x), width, 1, nullptr, limit_of(limit), after, to);
+    }
   });
   for (int64_t t = 0; t < rows; t++)
     along(width, [&](int64_t at, auto get, auto put) {

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t OUTPUTS = 64;         // of a product that are one piece of work
 constexpr int64_t ENOUGH = 1 << 17;     // multiply-adds that are worth another thread
+constexpr int64_t AHEAD = 1 << 13;      // numbers between a weight that is used and the one that is fetched then
+constexpr int SECOND_CACHE = 2;         // where it goes: 32 kB would be all of the first
 constexpr float NEVER = -1e30f;         // a logit whose exponential is zero
 
 #if defined(__clang__)
@@ -46,8 +48,8 @@ inline void hold([[maybe_unused]] V& v) {
 #endif
 }
 
-// Dot products of ROWS rows with W / ROWS others: out[output * ROWS + row]. The numbers from `next` on are needed soon;
-// many short rows side by side are more than the processor foresees.
+// Dot products of ROWS rows with W / ROWS others: out[output * ROWS + row]. The numbers from `next` on are needed soon:
+// many short rows side by side are more than a processor foresees.
 template <int ROWS>
 inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS], int64_t inner, const float* next,
                       float out[W]) {
@@ -58,7 +60,7 @@ inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS]
     for (int i = 0; i < ROWS; i++) left[i] = get(x[i] + at), hold(left[i]);
 #pragma GCC unroll 16
     for (int j = 0; j < W / ROWS; j++) {
-      __builtin_prefetch(next + at * (W / ROWS) + j * W);
+      __builtin_prefetch(next + at * (W / ROWS) + j * W, 0, SECOND_CACHE);
       const V right = get(w[j] + at);
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; i++) total[j * ROWS + i] += left[i] * right;
@@ -67,10 +69,11 @@ inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS]
   store(out, sums(total));
 }
 
-// `count` rows of `row` numbers' distance.
+// Rows that lie `row` numbers apart; after: what will be read after them, where that is known.
 struct Rows {
   const float* data;
   int64_t row;
+  const float* after = nullptr;
 };
 
 // y [rows, first .. last of the outputs] = x [rows, inner] weights [outputs, inner] transposed.
@@ -81,11 +84,13 @@ void thin_part(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, 
   for (int64_t o = first; o < last; o += OUTS) {
     const float* w[OUTS];
     for (int j = 0; j < OUTS; j++) w[j] = weights.data + std::min(o + j, last - 1) * weights.row;
+    const int64_t place = o * weights.row + AHEAD, beyond = place - last * weights.row;
+    const float* next = beyond > 0 && weights.after ? weights.after + beyond : weights.data + place;
     for (int64_t t = 0; t < rows; t += ROWS) {
       const float* from[ROWS];
       float found[W];
       for (int i = 0; i < ROWS; i++) from[i] = x.data + std::min(t + i, rows - 1) * x.row;
-      thin_tile<ROWS>(from, w, inner, weights.data + (o + OUTS) * weights.row, found);
+      thin_tile<ROWS>(from, w, inner, next, found);
       for (int64_t i = 0; i < std::min<int64_t>(ROWS, rows - t); i++)
         for (int64_t j = 0; j < std::min<int64_t>(OUTS, last - o); j++) y[(t + i) * y_row + o + j] = found[j * ROWS + i];
     }

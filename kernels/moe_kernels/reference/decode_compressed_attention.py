@@ -44,8 +44,8 @@ def decode_compressed_attention(
         keys_TC = kept(window[0], max(0, position + 2 - len(window[0])), position + 1)
         if compression:
             entries_TC = _entries(x_D, compression, *others[:2], position, frequencies_R, eps)
-            if indexing:
-                index_TI = _entries(x_D, indexing, *others[2:], position, frequencies_R, eps)
+            index_TI = _entries(x_D, indexing, *others[2:], position, frequencies_R, eps) if indexing else None
+            if index_TI is not None and len(index_TI) > top_k:
                 entries_TC = entries_TC[_best(x_D, low, index_TI, indexing, position, frequencies_R)[:top_k]]
             keys_TC = torch.cat([keys_TC, entries_TC])
         out_HC = _attend(turned(q_HC, position, frequencies_R), keys_TC, sinks_H)

@@ -28,6 +28,8 @@ def keep(x_C: Tensor, values_NC: Tensor, positions_N: Tensor, position: int) -> 
 
 def kept(values_NC: Tensor, first: int, last: int) -> Tensor:
     """The vectors of positions from first up to last, that one left out, [T, C]."""
+    if first == last:
+        return values_NC[:0]
     return values_NC[torch.arange(first, last, device=values_NC.device) % (len(values_NC) - 1)]
 
 
