@@ -28,10 +28,10 @@ V3 = ModelConfig(
     model_type="deepseek_v3", num_hidden_layers=3, intermediate_size=50, kv_lora_rank=14, qk_nope_head_dim=10,
     v_head_dim=9, n_group=3, topk_group=2, n_shared_experts=2, routed_scaling_factor=1.7, **SHARED,
 )  # fmt: skip
-V4 = ModelConfig(
+V4 = ModelConfig(  # so many heads of the indexer that no two entries have a score of zero
     num_hidden_layers=4, head_dim=22, o_groups=3, o_lora_rank=5, sliding_window=9, hc_mult=3,
     layer_types=[SLIDING, SPARSE, HEAVY, SPARSE], mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
-    compress_rates={SPARSE: 3, HEAVY: 5}, index_n_heads=3, index_head_dim=10, index_topk=4, swiglu_limit=0.6, **SHARED,
+    compress_rates={SPARSE: 3, HEAVY: 5}, index_n_heads=21, index_head_dim=10, index_topk=4, swiglu_limit=0.6, **SHARED,
 )  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
         "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
