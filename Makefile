@@ -37,7 +37,7 @@ notebooks: .venv/installed-lab ## execute all notebooks, pages in reports/notebo
 	@dvc repro --quiet notebooks/dvc.yaml
 
 pictures: .venv/installed-pictures ## the pictures of the README, from this project as it is
-	@python -m pipelines.pictures
+	@python -m pipelines.notebooks.pictures
 
 ui: .venv/installed-core ## the MLflow UI on 127.0.0.1
 	@shovel ui

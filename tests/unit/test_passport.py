@@ -9,7 +9,8 @@ import torch
 from moe_kernels import dispatch, numerics
 from moe_kernels.numerics import BF16, FP32
 
-from pipelines import environment, pages, passport
+from pipelines import pages
+from pipelines.machine import environment, passport
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,9 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error, VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from pipelines import evidence, keys, stage
+from pipelines import stage
 from pipelines.params import read_yaml
+from pipelines.trust import evidence, keys
 
 STATEMENT_TYPE, PROVENANCE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
 PAYLOAD_TYPE, BUILD_TYPE = "application/vnd.in-toto+json", "urn:shovel:dvc-repro:1"

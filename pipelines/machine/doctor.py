@@ -1,8 +1,8 @@
 """Is this machine ready? One line per part with ok, warn or fail, and for every fail what to change.
 
-`shovel doctor [--json] [--output FILE]`; as `python -m pipelines.doctor` it needs nothing but Python, so it works where
-the installation does not. Exit code 1 when something fails. With --output the result is a file that a DVC stage can
-depend on: it holds what was found and no time of day. Which CANN belongs to which torch_npu is data, in
+`shovel doctor [--json] [--output FILE]`; as `python -m pipelines.machine.doctor` it needs nothing but Python, so it
+works where the installation does not. Exit code 1 when something fails. With --output the result is a file that a DVC
+stage can depend on: it holds what was found and no time of day. Which CANN belongs to which torch_npu is data, in
 compatibility.json.
 """
 
@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CANN_FOLDERS = (
     "/usr/local/Ascend/ascend-toolkit/latest",
     "/usr/local/Ascend/cann/latest",
@@ -31,7 +31,8 @@ CANN_FOLDERS = (
 )
 GIB = 1 << 30
 LEAST_FILES, LEAST_MEMORY_GIB, LEAST_DISK_GIB = 4096, 4, 10
-CHIP = re.compile(r"^\|\s*(\d+)\s+(\S+)\s*\|\s*(\S+)\s*\|")  # first line of a chip: number, name, health
+# The first line of a chip: number, name, health, watts.
+CHIP = re.compile(r"^\|\s*(\d+)\s+(\S+)\s*\|\s*(\S+)\s*\|\s*([\d.]+)?")
 HBM = re.compile(r"(\d+)\s*/\s*(\d+)\s*\|\s*$")  # end of its second line: used and total MB
 
 
@@ -47,27 +48,26 @@ class Line:
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip as npu-smi lists it; memory in MB."""
+    """One chip as npu-smi lists it; memory in MB, power in watts or None where the card does not tell."""
 
     number: int
     name: str
     health: str
     memory_mb: int
+    power_w: float | None
 
 
 def examine(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> list[Line]:
     """All lines, in the order in which one depends on the other."""
     cards = bool(list(Path("/dev").glob("davinci[0-9]*")))
     smi = _output("npu-smi", "info") if cards else ""
-    lines = [
-        python(),
-        *packages(root),
-        driver(cards, smi),
-        chips(cards, smi),
-        firmware(cards),
-        cann(cards, environment),
-    ]
-    lines += [torch_npu(cards, installed("torch"), installed("torch-npu"), cann_version(environment))]
+    npu, stand_in = installed("torch-npu"), None if cards else emulator(environment)
+    lines = [python(), *packages(root)]
+    if stand_in:
+        lines += [emulation(stand_in, npu)]
+    else:
+        lines += [driver(cards, smi), chips(cards, smi), firmware(cards), cann(cards, environment)]
+    lines += [torch_npu(cards or bool(stand_in and npu), installed("torch"), npu, cann_version(environment))]
     lines += [triton(cards), *settings(cards, environment), memory(), files(), disk(root), clock(root), git(root)]
     return [*lines, dvc(root)]
 
@@ -106,7 +106,7 @@ def parse_chips(smi: str) -> list[Chip]:
     for first, second in zip(lines, lines[1:], strict=False):
         chip, memory = CHIP.match(first), HBM.search(second)
         if chip and memory:
-            found.append(Chip(int(chip[1]), chip[2], chip[3], int(memory[2])))
+            found.append(Chip(int(chip[1]), chip[2], chip[3], int(memory[2]), float(chip[4]) if chip[4] else None))
     return found
 
 
@@ -144,6 +144,22 @@ def firmware(cards: bool) -> Line:
     return Line("firmware", OK, found[1])
 
 
+def emulator(environment: Mapping[str, str]) -> Path | None:
+    """Folder of kernels/fakecann's libraries where the loader finds them before those of CANN, else None."""
+    folders = [Path(folder) for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    first = next((folder for folder in folders if (folder / "libascendcl.so").is_file()), None)
+    return first if first and b"fakecannVersion" in (first / "libascendcl.so").read_bytes() else None
+
+
+def emulation(folder: Path, npu: str | None) -> Line:
+    """In place of driver, chips, firmware and CANN, which all are the emulator."""
+    if npu is None:
+        found = f"none: {folder} is in LD_LIBRARY_PATH, but this Python has no torch_npu, so the CPU trains"
+        return Line("npu", WARN, found, "PATH=$PWD/.venv-npu/bin:$PATH shovel doctor   # or unset LD_LIBRARY_PATH")
+    found = f"emulated on the CPU by {folder}: shows that torch_npu is called rightly, no speed, no card's numbers"
+    return Line("npu", WARN, found, "unset LD_LIBRARY_PATH and take .venv-npu/bin out of PATH: then the CPU trains")
+
+
 def cann_folder(environment: Mapping[str, str]) -> Path | None:
     candidates = [environment["ASCEND_HOME_PATH"]] if environment.get("ASCEND_HOME_PATH") else CANN_FOLDERS
     return next((Path(folder) for folder in candidates if Path(folder).is_dir()), None)
@@ -169,15 +185,22 @@ def cann(cards: bool, environment: Mapping[str, str]) -> Line:
     return Line("cann", OK if found else WARN, found or f"{folder} names no version")
 
 
+def compatibility(what: str) -> list[dict[str, str]]:
+    """Of compatibility.json: the `pairs` of torch_npu and CANN, or those of `vllm` with both; the newest first."""
+    return json.loads(Path(__file__).with_name("compatibility.json").read_text(encoding="utf-8"))[what]
+
+
 def torch_npu(cards: bool, torch: str | None, npu: str | None, cann: str | None) -> Line:
-    """torch_npu goes with one torch and, as far as published, with one CANN."""
+    """torch_npu goes with one torch and, as far as published, with one CANN. cards: real, or emulated for it."""
     if npu is None:
         return Line("torch_npu", FAIL if cards else OK, "not installed", "make test-npu" if cards else "")
     if torch is None or torch.split("+")[0].split(".")[:2] != npu.split(".")[:2]:
         mend = f"pip install torch=={'.'.join(npu.split('.')[:3])}"
         return Line("torch_npu", FAIL, f"{npu} beside torch {torch}", mend)
-    pairs = json.loads(Path(__file__).with_name("compatibility.json").read_text())["pairs"]
-    fitting = next((pair["cann"] for pair in pairs if npu in pair["torch_npu"]), None)
+    if not cards and cann is None:
+        mend = "make test-npu   # shows how to emulate CANN; or use the Python of .venv, which has no torch_npu"
+        return Line("torch_npu", FAIL, f"{npu} without CANN and cards: `import torch` fails", mend)
+    fitting = next((pair["cann"] for pair in compatibility("pairs") if npu in pair["torch_npu"]), None)
     if cann is not None and fitting is not None and not cann.startswith(fitting):
         return Line("torch_npu", FAIL, f"{npu} with CANN {cann}", f"install CANN {fitting}, which belongs to {npu}")
     return Line("torch_npu", OK, npu if fitting or not cann else f"{npu}; its CANN is not in compatibility.json")

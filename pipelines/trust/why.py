@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipelines import decisions, evidence, keys, register, stage, statement, tracking
+from pipelines import register, stage, tracking
 from pipelines.params import UserError, read_yaml
+from pipelines.trust import decisions, evidence, keys, statement
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
@@ -86,7 +87,7 @@ def _training(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         "epochs": trained["epochs"],
         "dialogues": tuned["dialogues"],
         **{key: parameters[key] for key in ("device", "emulated", "passport", "seeds")},
-        "training_seconds": trained["seconds"] + tuned["seconds"],
+        "training_seconds": None if trained["emulated"] else trained["seconds"] + tuned["seconds"],
         "seconds": runs,
         "energy_kwh": None if None in energy else sum(energy),
     }

@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import digests, evidence, gates, repository, stage, tracking, verify
+from pipelines import digests, gates, repository, stage, tracking
 from pipelines.params import Params, UserError
 from pipelines.register import CHAMPION, RELEASE, REPORTS, bits_of
+from pipelines.trust import evidence, verify
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion

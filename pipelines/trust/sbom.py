@@ -14,8 +14,8 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from pipelines import repository
-from pipelines.audit import Audit
 from pipelines.stage import replacing
+from pipelines.trust.audit import Audit
 
 PROJECT = "shovel"
 
@@ -39,6 +39,13 @@ def packages() -> list[Package]:
     """What is installed, one of each name, sorted; this project, where it is installed, is not its own part."""
     found = {package.name.lower(): package for package in map(Package.of, distributions())}
     return [found[name] for name in sorted(found) if name != PROJECT]
+
+
+def recorded(named: set[str]) -> list[Package]:
+    """Packages written down as `name==version`, sorted; the licence is known of those that are installed here too."""
+    here = {(package.name.lower(), package.version): package for package in packages()}
+    pairs = [(name, version) for name, _, version in (entry.partition("==") for entry in sorted(named))]
+    return [here.get(pair, Package(*pair, licence="")) for pair in pairs if pair[0] != PROJECT]
 
 
 def write(file: Path, audit: Audit) -> int:

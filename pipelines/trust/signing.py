@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipelines import digests, evidence, keys, mlbom, stage, statement
+from pipelines import digests, stage
+from pipelines.trust import evidence, keys, mlbom, statement
 
 
 def sign(name: str, release: Path, reports: Path, files: dict[str, str], facts: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ import psutil
 import requests
 
 from pipelines import processes, stage
-from pipelines.deploy import SERVING, Model, Target
+from pipelines.deployment.deploy import SERVING, Model, Target
 from pipelines.params import UserError
 from pipelines.serving.guard import read_callers
 

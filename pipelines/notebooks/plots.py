@@ -1,6 +1,6 @@
 """DVC's plots as a page for JupyterLab: made anew at each visit, and readable without a network.
 
-    python -m pipelines.plots 8900      http://127.0.0.1:8900
+    python -m pipelines.notebooks.plots 8900      http://127.0.0.1:8900
 
 `dvc plots show` draws with Vega, which it would load from the network; here the page carries it (vl-convert).
 """

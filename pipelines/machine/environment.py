@@ -16,7 +16,8 @@ from filelock import FileLock
 from moe_kernels import cache
 from moe_kernels import device as devices
 
-from pipelines.doctor import cann_version, installed
+import pipelines
+from pipelines.machine.doctor import cann_version, installed
 
 NO_PASSPORT = "none of this stack"
 
@@ -95,9 +96,9 @@ def make_passport(device: torch.device, if_absent: bool = False) -> None:
         file = passport_file(device)
     except OSError:
         return
-    sources = [Path(module.__file__ or "").parents[1] for module in (moe_kernels, sys.modules[__package__])]
+    sources = [Path(module.__file__ or "").parents[1] for module in (moe_kernels, pipelines)]
     path = os.pathsep.join([*map(str, sources), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, "-W", "ignore", "-m", "pipelines.passport", device.type, str(file)]
+    words = [sys.executable, "-W", "ignore", "-m", "pipelines.machine.passport", device.type, str(file)]
     with FileLock(file.with_suffix(".lock")):
         if not if_absent or _entries(device) is None:
             settings = {"PYTHONPATH": path, "ASCEND_LAUNCH_BLOCKING": "1", "DVC_STAGE": ""}

@@ -1,6 +1,6 @@
 """Execute a notebook from top to bottom and keep what it showed, as a page and as a notebook with outputs.
 
-    python -m pipelines.notebooks 03_architecture     notebooks/*.py -> reports/notebooks/*.html, *.ipynb
+    python -m pipelines.notebooks.execute 03_architecture     notebooks/*.py -> reports/notebooks/*.html, *.ipynb
 
 papermill runs it in this environment at the repository's root; page and notebook go to MLflow too. notebooks/dvc.yaml
 holds one stage a notebook: `make notebooks` runs those whose inputs changed.

@@ -1,6 +1,6 @@
 """The server of our own engine, which follows an alias: another version is loaded beside, tried, and takes over.
 
-    python -m pipelines.follow shovel-demo@champion 127.0.0.1 8000          `shovel deploy` starts this
+    python -m pipelines.deployment.follow shovel-demo@champion 127.0.0.1 8000          `shovel deploy` starts this
 
 Every few seconds the registry is asked which version the alias names. A new one is checked as at the start and answers
 a question before requests go to it; the old one finishes what it has. A version that fails leaves the old one
@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import deploy, stage, tracking
+from pipelines import stage, tracking
+from pipelines.deployment import deploy
 from pipelines.params import Params, UserError, load_params
 from pipelines.serving.engine import Engine
 from pipelines.serving.manager import Manager

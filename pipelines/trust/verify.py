@@ -2,7 +2,7 @@
 
     shovel verify 3            one line a check, exit code 1 when one fails
 
-`verify` is for other programs too: `pipelines.deploy` serves nothing that does not pass.
+`verify` is for other programs too: `pipelines.deployment.deploy` serves nothing that does not pass.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import decisions, digests, evidence, keys, repository, signing, statement
+from pipelines import digests, repository
 from pipelines.gates import Gate
 from pipelines.params import UserError, read_yaml
+from pipelines.trust import decisions, evidence, keys, signing, statement
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion

@@ -3,7 +3,7 @@
     shovel passport                     -> reports/passport.json, reports/passport.html
 
 `pretrain`, `finetune`, `evaluate` and `export` make it by themselves where this stack (device, versions, kernels) has
-none, and keep it below ~/.cache/shovel/passports; there `python -m pipelines.passport DEVICE FILE` is what runs. What
+none, and keep it below ~/.cache/shovel/passports; there `python -m pipelines.machine.passport DEVICE FILE` runs. What
 does not pass is left to the reference, in the rest of the comparison too.
 
 Operations are compared with the reference in fp64, blocks and the curve of 50 steps with the references in fp32 on the
@@ -38,7 +38,8 @@ from model.context import Context
 from model.precision import autocast
 from model.train import TrainConfig, train
 from model.transformer import build
-from pipelines import environment, pages, stage
+from pipelines import pages, stage
+from pipelines.machine import environment
 
 STEPS, LENGTH, ROWS = 50, 32, 4
 NAMES = {FP32: "float32", BF16: "bfloat16"}
@@ -95,7 +96,7 @@ def passport(device: torch.device, file: Path, page: Path) -> dict[str, Any]:
         "entries": [_plain(entry) for entry in entries],
     }
     stage.write_json(file, content)
-    figures = [(entry.name, figure(entry)) for entry in entries if entry.losses]
+    figures = [(f"{entry.name}, {entry.dtype}", figure(entry)) for entry in entries if entry.losses]
     pages.write(page, "passport.html.j2", digest=environment.digest(file), figures=figures, **content)
     return content
 
@@ -185,14 +186,21 @@ def curves(device: torch.device) -> Iterator[Entry]:
 
 
 def figure(entry: Entry) -> str:
-    """Both curves of an entry as an image for the page."""
-    picture = Figure(figsize=(4.6, 2.2))
-    axes = picture.subplots()
-    for values, style, label in zip(entry.losses, ("-", ":"), (entry.dtype, "reference"), strict=True):
-        axes.plot(values, style, label=label, linewidth=2)
-    axes.set(xlabel="step", ylabel="loss, nats")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Both curves of an entry, and below how far they are apart at each step, as an image for the page."""
+    ours, theirs = entry.losses
+    picture = Figure(figsize=(4.6, 3.2), layout="constrained")
+    above, below = picture.subplots(2, sharex=True, height_ratios=(3, 2))
+    above.plot(theirs, color="#c9d3de", linewidth=5, label="reference")
+    above.plot(ours, color="#245a8d", linewidth=1.4, label=entry.dtype)
+    above.set_ylabel("loss, nats")
+    above.legend(frameon=False)
+    least = 1e-6 * entry.tolerance  # where equal losses are drawn
+    below.semilogy([max(abs(a - b) / abs(b), least) for a, b in zip(ours, theirs, strict=True)], color="#245a8d")
+    below.axhline(entry.tolerance, color="#b3261e", linestyle="--", linewidth=1)
+    below.text(0, 1.5 * entry.tolerance, "tolerance", fontsize=8, color="#b3261e")
+    below.set(xlabel="step", ylabel="difference", ylim=(least, 30 * entry.tolerance))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
     return pages.inline_svg(picture)
 
 

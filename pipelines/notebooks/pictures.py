@@ -1,6 +1,6 @@
 """The pictures of the README, taken of this project as it is: a notebook that runs, MLflow, the review page.
 
-    python -m pipelines.pictures        -> reports/pictures/lab.png, mlflow.png, review.png
+    python -m pipelines.notebooks.pictures        -> reports/pictures/lab.png, mlflow.png, review.png
 
 The system's Chromium, without a window, clicks what a person would click: JupyterLab is started, notebook 4 is opened
 from the list of files, *Run All Cells* is chosen, and the picture is taken when the last cell has run.

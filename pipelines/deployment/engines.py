@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipelines.deploy import SERVING, Model, Target
-from pipelines.doctor import cann_version
+from pipelines.deployment.deploy import SERVING, Model, Target
+from pipelines.machine.doctor import cann_version, compatibility
 from pipelines.params import UserError
 from pipelines.serving.server import require_callers
 
@@ -39,7 +39,7 @@ class Engine:
 
 
 def _builtin(where: Target, _: Model | None, host: str, port: int, tokens: Path | None) -> Command:
-    words = [sys.executable, "-m", "pipelines.follow", str(where), host, str(port)]
+    words = [sys.executable, "-m", "pipelines.deployment.follow", str(where), host, str(port)]
     return [*words, *([str(tokens)] if tokens else [])], dict(os.environ), where.name
 
 
@@ -86,7 +86,7 @@ def write_vllm(where: Target, model: Model, host: str, port: int) -> tuple[Path,
 
 def _versions(cann: str | None) -> dict[str, str]:
     """The newest row of compatibility.json, or the newest for this CANN."""
-    known = json.loads(Path(__file__).with_name("compatibility.json").read_text(encoding="utf-8"))["vllm"]
+    known = compatibility("vllm")
     fitting = [row for row in known if cann is None or cann.startswith(row["cann"])]
     if not fitting:
         raise UserError(

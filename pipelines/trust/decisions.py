@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import keys, repository, stage, statement, tracking
+from pipelines import repository, stage, tracking
+from pipelines.trust import keys, statement
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
