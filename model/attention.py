@@ -7,14 +7,14 @@ Q = N + R, V value channels, C latent channels. DeepSeek-V2, arXiv 2405.04434, s
 from __future__ import annotations
 
 import torch
-from moe_kernels import attention, rotate
+from moe_kernels import attention, decode_latent_attention, rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.context import Context, Rotation
 from model.norm import RMSNorm
-from model.rope import yarn_mscale
+from model.rope import rotation_scale, yarn_mscale
 
 
 class LatentAttention(nn.Module):
@@ -39,6 +39,8 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
+        if context.decoding:
+            return self._decode(x_BSD, context, layer)
         turn = context.rotation()
         q_BSHQ = self._queries(x_BSD, turn)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent, self.rope], dim=-1)
@@ -56,6 +58,27 @@ class LatentAttention(nn.Module):
         else:
             out_BSHV = _attend(q_BSHQ, k_BTHQ, v_BTHV, mask, self.scale)
         return self.o_proj(out_BSHV.flatten(2))
+
+    def _decode(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
+        cache = context.cache
+        assert cache is not None
+        one = not hasattr(self, "q_a_proj")
+        query = [self.q_proj.weight] if one else [self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight]
+        key_value = [self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight]
+        return decode_latent_attention(
+            x_BSD,
+            cache.lengths_B,
+            context.ends_B,
+            query,
+            key_value,
+            self.o_proj.weight,
+            *cache.slots(layer, "latent").ready(x_BSD, self.latent + self.rope, cache.capacity),
+            context.frequencies("main"),
+            rotation_scale(context.config.rope()),
+            self.scale,
+            self.heads,
+            self.kv_a_layernorm.eps,
+        )
 
     def _queries(self, x_BSD: Tensor, turn: Rotation) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD))) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)

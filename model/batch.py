@@ -5,24 +5,25 @@ whose steps gives a row its next tokens. A model with multi-token prediction spe
 ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
 arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
 
-What a row gets does not depend on its neighbours, to the last bit on a CPU: the tokens of a pass are filled up to where
-products and elementary functions round alike for every number of them (`tokens_of_a_pass`), sums over the past are
-taken in parts of fixed size, and each row draws from a generator of its own.
+What a row gets does not depend on its neighbours, to the last bit on a CPU, and each row draws from a generator of its
+own. Where there are kernels for it, a step takes every token on its own (`MoETransformer.decodes`): then drafts change
+no bit either. Elsewhere, and while a prompt is read, the tokens of a pass are filled up to where products and
+elementary functions round alike for every number of them (`tokens_of_a_pass`), and sums over the past are taken in
+parts of fixed size.
 
-Shapes: B rows (real ones, then copies of the first), R rows of a reading, S tokens, C tokens of a chunk, D hidden size,
-V vocabulary.
+Shapes: B rows (real ones, then copies of the first where they are filled up), R rows of a reading, S tokens, C tokens
+of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
+from moe_kernels import skinny_linear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from model.transformer import MoETransformer
 
 CHUNK = 256  # prompt tokens a pass
-PLAIN, TRIAL, MEMORY = 2, 6, 24  # steps without drafts, then with; steps that are remembered
+COST = 1.7  # of a step with drafts, in steps without: 1.5 to 1.9 were measured, for 1 to 16 rows
+PATIENCE = 2.5  # steps that drafting may be behind
 MULTIPLE = 4  # rows of a product
 VECTORS = 32  # numbers that a processor's vector unit takes at a time; what is left over is rounded otherwise
 
@@ -118,29 +120,23 @@ class Reading:
 
 
 class Pace:
-    """Whether drafting pays in a batch of so many rows, judged by the time of its own steps.
+    """Whether drafting pays, judged by how many tokens its steps bring: given up once they are behind by a few steps.
 
-    The first steps check no draft, the next ones do; as soon as a token costs more time with drafts than without,
-    drafting is given up. That changes no token, unless two are as good to rounding: passes of one token and of two
-    round otherwise. Who needs the same bits whatever the clock says takes none.
+    A sum of what the steps lack, never below zero (CUSUM, Page 1954): a model that drafts well may miss at times. No
+    clock is asked, so what is decoded follows from the model and the prompts alone.
     """
 
     def __init__(self) -> None:
-        self.plain_s: list[float] = []
-        self.drafted: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # (seconds, tokens a row) of a step
+        self.behind = 0.0
 
-    @property
-    def probes(self) -> bool:
-        """Whether the next step is to check no draft."""
-        return len(self.plain_s) < PLAIN
+    def note(self, tokens: float) -> None:
+        """A step with drafts has brought so many tokens a row."""
+        self.behind = max(0.0, self.behind + COST - tokens)
 
     @property
     def pays(self) -> bool:
         """Whether to go on drafting."""
-        if len(self.drafted) < TRIAL:
-            return True
-        seconds, gained = zip(*self.drafted, strict=True)
-        return median(seconds) / fmean(gained) <= min(self.plain_s)
+        return self.behind <= PATIENCE
 
 
 class Batch:
@@ -154,6 +150,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samplers)
 
+    @torch.inference_mode()
     def join(self, reading: Reading) -> None:
         """The rows of a reading that is done come last. All readings of a batch are of one model."""
         assert reading.done
@@ -169,6 +166,7 @@ class Batch:
         self.samplers += reading.samplers
         self._arrange(range(len(self)))
 
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """All other rows leave; these stay, in this order."""
         self.samplers = [self.samplers[row] for row in rows]
@@ -178,7 +176,7 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """The next tokens of each row: one, or two where a draft was right."""
-        start, width = time.perf_counter(), 1 if self.ahead is None or (self.pace and self.pace.probes) else 2
+        width = 1 if self.ahead is None else 2
         ids_BS = torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width]
         out = self.net(ids_BS, cache=self.cache, with_logits=True)
         self.logits_BSV = out.logits
@@ -188,13 +186,10 @@ class Batch:
             second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
-        if self.pace and width == 1 and self.ahead is not None:
-            self.pace.plain_s.append(time.perf_counter() - start)
+        if self.pace and self.ahead is not None:
+            self.pace.note(fmean(map(len, tokens)))
+            self.ahead = self.ahead if self.pace.pays else None
         self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
-        if self.pace and width == 2:
-            self.pace.drafted.append((time.perf_counter() - start, fmean(map(len, tokens))))
-        if self.pace and not self.pace.pays:
-            self.ahead = None
         return tokens
 
     def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
@@ -212,10 +207,9 @@ class Batch:
 
     def _arrange(self, rows: Sequence[int]) -> None:
         """Those rows, and copies of the first up to what a pass needs."""
-        multiple = max(MULTIPLE, tokens_of_a_pass(self.net.config) // (1 if self.ahead is None else 2))
+        width = 1 if self.ahead is None else 2
+        multiple = 1 if self.net.decodes(width) else max(MULTIPLE, tokens_of_a_pass(self.net.config) // width)
         places = [*rows, *[rows[0]] * (-len(rows) % multiple)]
-        if self.pace and len(places) != len(self.next):
-            self.pace = Pace()
         self.next = [self.next[place] for place in places]
         self.cache = self.cache.rows(self._index(places))
         self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
@@ -237,5 +231,4 @@ def _copied(cache: Cache) -> Cache:
 
 def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:
     """Logits [R, V] fp32."""
-    rows = len(hidden_RD)
-    return F.linear(F.pad(hidden_RD, (0, 0, 0, -rows % MULTIPLE)), net.lm_head.weight)[:rows].float()
+    return skinny_linear(hidden_RD, net.lm_head.weight).float()

@@ -38,5 +38,4 @@ class Block(nn.Module):
         h_BSD, write = self.attn_hc(x, context)
         x = write(self.self_attn(self.input_layernorm(h_BSD), context, name))
         h_BSD, write = self.ffn_hc(x, context)
-        h_BSD = self.post_attention_layernorm(h_BSD)
-        return write(self.mlp(h_BSD, context) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(h_BSD))
+        return write(self.mlp(self.post_attention_layernorm(h_BSD), context))

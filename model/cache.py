@@ -80,6 +80,14 @@ class Slots:
         made.values_BNC, made.positions_BN = values_BNC, positions_BN
         return made
 
+    def ready(self, like: Tensor, channels: int, capacity: int = 0) -> tuple[Tensor, Tensor]:
+        """(values [B, N + 1, C], positions [B, N + 1]) with room for `capacity`, for an operation that fills them."""
+        size = self.size or _rounded(capacity)
+        if self.values_BNC is None or self.values_BNC.shape[1] <= size:
+            self._room(like.new_empty(len(like), 0, channels), size)
+        assert self.values_BNC is not None and self.positions_BN is not None
+        return self.values_BNC, self.positions_BN
+
     def joined(self, x_BSC: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """(kept vectors in order of position, then the new ones [B, N + S, C]; positions [B, N + S]); keeps the new.
 
@@ -99,7 +107,7 @@ class Slots:
 
     def write(self, x_BSC: Tensor, positions_BS: Tensor, kept_BS: Tensor, capacity: int = 0) -> Tensor:
         """Store the vectors that are to be kept; returns all slots [B, N, C]. capacity: slots that a store needs."""
-        size = self.size or max(-(-capacity // STEP), 1) * STEP
+        size = self.size or _rounded(capacity)
         self._room(x_BSC, size)
         assert self.values_BNC is not None and self.positions_BN is not None
         slots = self.values_BNC.shape[1] - 1  # the last one takes what is not kept
@@ -129,3 +137,7 @@ class Slots:
             F.pad(self.values_BNC[:, :-1], (0, 0, 0, more + 1)),
             F.pad(self.positions_BN[:, :-1], (0, more + 1), value=NOWHERE),
         )
+
+
+def _rounded(capacity: int) -> int:
+    return max(-(-capacity // STEP), 1) * STEP

@@ -12,9 +12,10 @@ J indexer heads, M tokens a block, C channels of an entry times 1 (HCA) or 2 (CS
 from __future__ import annotations
 
 import torch
-from moe_kernels import cached_window_attention, rms_norm, rotate, window_attention
+from moe_kernels import cached_window_attention, decode_compressed_attention, rms_norm, rotate, window_attention
 from torch import Tensor, nn
 
+from model.cache import Cache, Slots
 from model.config import SLIDING, SPARSE, ModelConfig
 from model.context import Context
 from model.norm import RMSNorm
@@ -45,6 +46,8 @@ class CompressedAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
+        if context.decoding:
+            return self._decode(x_BSD, context, layer)
         c, turn = self.config, context.rotation(self.rope)
         query_BSR = self.q_a_norm(self.q_a_proj(x_BSD))
         q_BSHD = self.q_b_proj(query_BSR).unflatten(-1, (c.num_attention_heads, c.head_dim))
@@ -56,6 +59,24 @@ class CompressedAttention(nn.Module):
             compare_indexer(scores_BST, mass_BST, visible_BST, c.index_topk, context, self.training)
         out_BSHD = rotate(out_BSHD, *turn, inverse=True)
         return self.o_b_proj(self._grouped(out_BSHD.flatten(2)))
+
+    def _decode(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
+        c, cache = self.config, context.cache
+        assert cache is not None
+        query = [self.q_a_proj.weight, self.q_a_norm.weight, self.q_b_proj.weight]
+        outward = [self.o_a_proj.weight, self.o_b_proj.weight, self.sinks]
+        weights = [*query, self.kv_proj.weight, self.kv_norm.weight, *outward]
+        caches = [*cache.slots(layer, "window", c.sliding_window).ready(x_BSD, c.head_dim)]
+        compression, indexing = [], []
+        if self.rope != "main":
+            compression = self.compressor.weights()
+            caches += self.compressor.stores(x_BSD, cache, layer)
+            if context.sparse and (indexer := getattr(self.compressor, "indexer", None)) is not None:
+                indexing = [*indexer.weights(), indexer.q_b_proj.weight, indexer.scorer["weights_proj"].weight]
+                caches += indexer.stores(x_BSD, cache, f"{layer} indexer")
+        given = (weights, compression, indexing, caches, context.frequencies(self.rope))
+        numbers = (c.o_groups, c.index_topk, c.rms_norm_eps)
+        return decode_compressed_attention(x_BSD, cache.lengths_B, context.ends_B, *given, *numbers)
 
     def _entries(
         self, x_BSD: Tensor, query_BSR: Tensor, context: Context, layer: str
@@ -127,6 +148,19 @@ class Compressor(nn.Module):
             return self._pool(tokens_BSC, blocks.first_BT, blocks.position_BT, context), blocks.visible_BST
         return self._continue(tokens_BSC, context, layer)
 
+    def weights(self) -> list[Tensor]:
+        """Of values, gates, places in a block, norm."""
+        return [self.kv_proj.weight, self.gate_proj.weight, self.position_bias, self.kv_norm.weight]
+
+    def stores(self, x_BSD: Tensor, cache: Cache, layer: str) -> list[Tensor]:
+        """Values and positions of the last tokens, and of all entries."""
+        tokens = self._tokens(cache, layer).ready(x_BSD, 2 * self.position_bias.shape[1])
+        entries = cache.slots(layer, "entries").ready(x_BSD, self.width, cache.capacity // self.rate)
+        return [*tokens, *entries]
+
+    def _tokens(self, cache: Cache, layer: str) -> Slots:
+        return cache.slots(layer, "tokens", self.rate * (2 if self.overlap else 1))
+
     def _pool(self, tokens_BSC: Tensor, first_BT: Tensor, position_BT: Tensor, context: Context) -> Tensor:
         """Entries of the blocks that start at index `first_BT` of `tokens_BSC` and at those positions."""
         value, gate = self._block(tokens_BSC, first_BT)
@@ -153,12 +187,12 @@ class Compressor(nn.Module):
         """The entries of a cache, those that the new tokens complete included."""
         cache = context.cache
         assert cache is not None
-        kept = self.rate * (2 if self.overlap else 1)
-        history_BNC, _ = cache.slots(layer, "tokens", kept).joined(tokens_BSC, context)
+        tokens = self._tokens(cache, layer)
+        history_BNC, _ = tokens.joined(tokens_BSC, context)
         count = (tokens_BSC.shape[1] + self.rate - 1) // self.rate
         number_BT = (cache.lengths_B // self.rate)[:, None] + torch.arange(count, device=tokens_BSC.device)
         position_BT = number_BT * self.rate
-        first_BT = position_BT - cache.lengths_B[:, None] + kept
+        first_BT = position_BT - cache.lengths_B[:, None] + tokens.size
         complete_BT = position_BT + self.rate <= context.ends_B[:, None]
         store = cache.slots(layer, "entries")
         # most single tokens complete no block; an accelerator computes sooner than it answers

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from moe_kernels import skinny_linear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,7 +42,8 @@ class Context:
 
     document_ids [B, S]: tokens see each other and count positions inside a run of equal ids; negative ids mark padding.
     With a cache the tokens go on where each row's cache ends, and every row is one document; counts_B says how many
-    of the S tokens of each row are real (the rest is padding on the right).
+    of the S tokens of each row are real (the rest is padding on the right). decoding: there are few of them, and
+    kernels that take each on its own.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Context:
         cache: Cache | None = None,
         counts_B: Tensor | None = None,
         sparse: bool = True,
+        decoding: bool = False,
     ) -> None:
         self.config, self.input_ids, self.cache, self.sparse = config, input_ids, cache, sparse
+        self.decoding = decoding and cache is not None  # by operations for few tokens, each on its own
         self.statistics: dict[str, list[Tensor]] = {}
         self._made: dict[object, object] = {}
         length, device = input_ids.shape[1], input_ids.device
@@ -85,6 +89,17 @@ class Context:
         """Keep a layer's figure; the forward pass stacks those of one name."""
         self.statistics.setdefault(name, []).append(value)
 
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x weight^T over the last axis."""
+        if not self.decoding:
+            return F.linear(x, weight)
+        return skinny_linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+    def frequencies(self, kind: str) -> Tensor:
+        """Angle a position of each pair of rotary channels, [R / 2]."""
+        made = lambda: frequencies(self.config.qk_rope_head_dim, self.config.rope(kind))  # noqa: E731
+        return self._once(("frequencies", kind), made)
+
     def rotation(self, kind: str = "main") -> Rotation:
         """(cosine, sine) at the tokens' positions, [B, S, 1, R / 2]."""
         return self._once(("rotation", kind), lambda: self.rotation_at(self.positions_BS, kind))
@@ -93,7 +108,7 @@ class Context:
         """(cosine, sine) at any positions, [B, T, 1, R / 2]."""
         rope = self.config.rope(kind)
         factor = 1.0 if self.config.is_v4 else rotation_scale(rope)
-        return rotation(positions_BT, frequencies(self.config.qk_rope_head_dim, rope), factor)
+        return rotation(positions_BT, self.frequencies(kind), factor)
 
     def blocks(self, rate: int) -> Blocks:
         """The complete blocks of `rate` tokens."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from moe_kernels import hyper_read, hyper_write
-from moe_kernels.reference.hyper_connection import projected
+from moe_kernels import hyper_head, hyper_read, hyper_write
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -73,6 +72,5 @@ class HyperHead(nn.Module):
     def forward(self, x_BSND: Tensor) -> Tensor:
         with full_precision(x_BSND.device):
             x_TND = x_BSND.float().flatten(0, 1)
-            u_TN = projected(x_TND.flatten(1), self.hc_fn, self.config.rms_norm_eps)
-            read_TN = (u_TN * self.hc_scale + self.hc_base).sigmoid() + self.config.hc_eps
-            return torch.bmm(read_TN.unsqueeze(1), x_TND).view(*x_BSND.shape[:2], -1)
+            weights, c = (self.hc_fn, self.hc_base, self.hc_scale), self.config
+            return hyper_head(x_TND, *weights, c.rms_norm_eps, c.hc_eps).view(*x_BSND.shape[:2], -1)

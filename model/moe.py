@@ -7,7 +7,7 @@ G groups of experts. DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V4, arXiv 260
 from __future__ import annotations
 
 import torch
-from moe_kernels import experts, swiglu
+from moe_kernels import decode_experts, experts, swiglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,8 +29,9 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1), self.limit))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        both = [context.linear(x, projection.weight) for projection in (self.gate_proj, self.up_proj)]
+        return context.linear(swiglu(torch.cat(both, dim=-1), self.limit), self.down_proj.weight)
 
 
 class Router(nn.Module):
@@ -124,11 +125,32 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         """[B, S, D] -> [B, S, D]; but while decoding, notes the load of each expert, and what balances it."""
         x_TD = x_BSD.flatten(0, 1)
+        if context.decoding:
+            return self._decode(x_TD, context.input_ids.flatten()).view_as(x_BSD)
         indices_TK, weights_TK, scores_TE = self.gate(x_TD, context.input_ids.flatten())
         if context.cache is None:
             self._note(indices_TK, scores_TE, context)
         routed_TD = experts(x_TD, indices_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
-        return self.shared_experts(x_BSD) + routed_TD.view_as(x_BSD)
+        return self.shared_experts(x_BSD, context) + routed_TD.view_as(x_BSD)
+
+    def _decode(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
+        c, gate, shared = self.gate.config, self.gate, self.shared_experts
+        hashed = isinstance(gate, HashRouter)
+        return decode_experts(
+            x_TD,
+            gate.weight,
+            None if hashed else gate.e_score_correction_bias,
+            gate.tid2eid[ids_T] if hashed else None,
+            [self.experts.gate_up_proj, self.experts.down_proj],
+            [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight],
+            c.num_experts_per_tok,
+            score="sqrt_softplus" if c.is_v4 else "sigmoid",
+            groups=1 if c.is_v4 else c.n_group,
+            top_groups=1 if c.is_v4 else c.topk_group,
+            normalise=c.norm_topk_prob,
+            scale=c.routed_scaling_factor,
+            limit=self.limit,
+        )
 
     def _note(self, indices_TK: Tensor, scores_TE: Tensor, context: Context) -> None:
         chosen_TE = torch.zeros_like(scores_TE).scatter_(1, indices_TK, 1.0)

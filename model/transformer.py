@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from moe_kernels import decodes
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.block import Block
 from model.cache import Cache
@@ -19,6 +19,8 @@ from model.context import Context
 from model.hyper_connections import HyperHead
 from model.mtp import MultiTokenPrediction
 from model.norm import RMSNorm
+
+FEW, STREAMS = 2, 8  # what the kernels of a decoding step are for: tokens a row (its own and a draft), residual streams
 
 
 @dataclass
@@ -82,14 +84,16 @@ class MoETransformer(nn.Module):
         the S tokens of each row are real. sparse False: sparse layers attend to every entry, not to the indexer's
         choice alone.
         """
-        context = Context(self.config, input_ids, document_ids, cache, counts_B, sparse)
+        context = Context(
+            self.config, input_ids, document_ids, cache, counts_B, sparse, self.decodes(input_ids.shape[1])
+        )
         x = embedded_BSD = self.model.embed_tokens(input_ids)
         if self.config.is_v4:
             x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         for number, block in enumerate(self.model.layers):
             x = block(x, context, f"layer {number}")
         hidden_BSD = self.model.norm(self.model.hc_head(x) if self.config.is_v4 else x)
-        logits_BSV = F.linear(hidden_BSD, self.lm_head.weight).float() if with_logits else None
+        logits_BSV = context.linear(hidden_BSD, self.lm_head.weight).float() if with_logits else None
         foretold = None
         if with_mtp and self.config.num_nextn_predict_layers:
             foretold = self.mtp[0].foretell(x, embedded_BSD.roll(-1, dims=1), context.ahead())
@@ -98,13 +102,25 @@ class MoETransformer(nn.Module):
             statistics["expert_load"] = input_ids.new_zeros(0, self.config.n_routed_experts)
         return Output(logits_BSV, hidden_BSD, x, foretold, statistics)
 
+    def decodes(self, tokens: int = 1) -> bool:
+        """Whether a step of so many tokens a row goes through kernels that take each token on its own."""
+        weight, c = self.lm_head.weight, self.config
+        return (
+            tokens <= FEW
+            and weight.dtype is torch.float32
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type))
+            and (not c.is_v4 or c.hc_mult <= STREAMS)
+            and decodes(weight.device.type)
+        )
+
     def foretell(self, state: Tensor, next_ids: Tensor, cache: Cache, counts_B: Tensor) -> Tensor:
         """The MTP block's state for the head, [B, S, D], while decoding.
 
         state: the trunk's of S tokens that `cache`, the block's own, has not seen; next_ids [B, S]: the tokens after
         each; counts_B: how many of the S are real.
         """
-        context = Context(self.config, next_ids, cache=cache, counts_B=counts_B)
+        decoding = self.decodes(next_ids.shape[1])
+        context = Context(self.config, next_ids, cache=cache, counts_B=counts_B, decoding=decoding)
         return self.mtp[0].foretell(state, self.model.embed_tokens(next_ids), context)
 
 

@@ -10,10 +10,12 @@ K experts per token, N = T * K routed rows (in hyper-connections: residual strea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from moe_kernels.dispatch import chosen, implementation, reference_only, withhold
+from moe_kernels.dispatch import chosen, decodes, implementation, reference_only, withhold
 from moe_kernels.reference.adamw import AdamW, AdamWState
 from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
 
@@ -26,9 +28,14 @@ __all__ = [
     "chosen",
     "cross_entropy",
     "cross_entropy_with_gradient",
+    "decode_compressed_attention",
+    "decode_experts",
+    "decode_latent_attention",
+    "decodes",
     "expert_load",
     "experts",
     "grouped_matmul",
+    "hyper_head",
     "hyper_read",
     "hyper_write",
     "newton_schulz",
@@ -37,6 +44,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "route",
+    "skinny_linear",
     "swiglu",
     "unpermute",
     "window_attention",
@@ -173,6 +181,91 @@ def cached_window_attention(
     return attend(q_BSHD, kv_BKD, entries_BTD, sinks_H, allowed_BSK, visible_BST)
 
 
+def skinny_linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x weight^T, [T, O], for the few rows of a decoding step: a row's result does not depend on how many there are."""
+    return implementation("skinny_linear", x_TD.device.type)(x_TD, weight_OD)
+
+
+def decode_experts(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor | None,
+    chosen_TK: Tensor | None,
+    routed: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    top_k: int,
+    *,
+    score: str = "sigmoid",
+    groups: int = 1,
+    top_groups: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+    limit: float | None = None,
+) -> Tensor:
+    """Router, routed experts and shared expert of a decoding step, [T, D] -> [T, D]; no gradients.
+
+    routed: (gate_up, down) as for `experts`; shared: (gate, up, down) of one expert that all rows take. chosen: experts
+    that are given, in place of a bias; the rest as for `route`.
+    """
+    decode = implementation("decode_experts", x_TD.device.type)
+    how = (score, groups, top_groups, normalise, scale, limit)
+    return decode(x_TD, router_ED, bias_E, chosen_TK, routed, shared, top_k, *how)
+
+
+def decode_latent_attention(
+    x_BSD: Tensor,
+    lengths_B: Tensor,
+    ends_B: Tensor,
+    query: Sequence[Tensor],
+    key_value: Sequence[Tensor],
+    output_DX: Tensor,
+    values_BNX: Tensor,
+    positions_BN: Tensor,
+    frequencies_R: Tensor,
+    factor: float,
+    scale: float,
+    heads: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Multi-head latent attention of a decoding step, [B, S, D] -> [B, S, D]; no gradients.
+
+    lengths, ends: row b's tokens are those of positions lengths[b] up to ends[b], at most S; past them the result is 0.
+    query: (down, norm, up), or one matrix. key_value: (down [C + R, D], norm [C], up [H (N + V), C]). output: [D, H V].
+    values, positions: a cache of C + R channels by position, filled in place; its last slot takes what is not kept.
+    frequencies: angles a position of the R rotary channels' pairs; factor: of their cosines and sines.
+    """
+    decode = implementation("decode_latent_attention", x_BSD.device.type)
+    cache = (values_BNX, positions_BN)
+    numbers = (frequencies_R, factor, scale, heads, eps)
+    return decode(x_BSD, lengths_B, ends_B, query, key_value, output_DX, *cache, *numbers)
+
+
+def decode_compressed_attention(
+    x_BSD: Tensor,
+    lengths_B: Tensor,
+    ends_B: Tensor,
+    weights: Sequence[Tensor],
+    compression: Sequence[Tensor],
+    indexing: Sequence[Tensor],
+    caches: Sequence[Tensor],
+    frequencies_R: Tensor,
+    groups: int,
+    top_k: int,
+    eps: float,
+) -> Tensor:
+    """DeepSeek-V4's attention of a decoding step, [B, S, D] -> [B, S, D]; no gradients.
+
+    lengths, ends, frequencies: as for `decode_latent_attention`. weights: query down, norm, up; key, norm; output a
+    group [groups * L, H C / groups], output; sinks. compression: values, gates, bias [M, X], norm of a layer with
+    compressed entries, X = 2 C where blocks overlap. indexing: the same of the indexer, then its queries and weights of
+    its heads; it chooses `top_k` entries. caches: values and positions of the window, then of the compressor's tokens
+    and of its entries, then the same of the indexer, as many as there are; filled in place.
+    """
+    decode = implementation("decode_compressed_attention", x_BSD.device.type)
+    given = (weights, compression, indexing, caches)
+    return decode(x_BSD, lengths_B, ends_B, *given, frequencies_R, groups, top_k, eps)
+
+
 def hyper_read(
     x_TND: Tensor, fn_PC: Tensor, base_P: Tensor, scale_3: Tensor, norm_eps: float, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,6 +275,11 @@ def hyper_read(
     """
     read = implementation("hyper_read", x_TND.device.type)
     return read(x_TND, fn_PC, base_P, scale_3, norm_eps, iterations, eps)
+
+
+def hyper_head(x_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, norm_eps: float, eps: float) -> Tensor:
+    """Hyper-connections, after the last sub-layer: the streams read into one, [T, N, D] -> [T, D], all fp32."""
+    return implementation("hyper_head", x_TND.device.type)(x_TND, fn_NC, base_N, scale_1, norm_eps, eps)
 
 
 def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) -> Tensor:

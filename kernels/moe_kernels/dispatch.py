@@ -29,9 +29,13 @@ OPERATIONS = {  # operation -> the file that holds it
     "cached_window_attention": "window_attention",
     "cross_entropy": "cross_entropy",
     "cross_entropy_with_gradient": "cross_entropy",
+    "decode_compressed_attention": "decode_compressed_attention",
+    "decode_experts": "decode_experts",
+    "decode_latent_attention": "decode_latent_attention",
     "expert_load": "permute",
     "experts": "experts",
     "grouped_matmul": "grouped_matmul",
+    "hyper_head": "hyper_connection",
     "hyper_read": "hyper_connection",
     "hyper_write": "hyper_connection",
     "newton_schulz": "newton_schulz",
@@ -39,10 +43,12 @@ OPERATIONS = {  # operation -> the file that holds it
     "rms_norm": "rms_norm",
     "rotate": "rope",
     "route": "router",
+    "skinny_linear": "skinny_linear",
     "swiglu": "swiglu",
     "unpermute": "permute",
     "window_attention": "window_attention",
 }
+DECODING = [name for name in OPERATIONS if name.startswith(("decode_", "hyper_", "rms_norm", "skinny_"))]
 
 
 def _load(backend: str, name: str) -> Callable[..., Any]:
@@ -81,6 +87,11 @@ def reference_only() -> Iterator[None]:
 def implementation(operation: str, device_type: str) -> Callable[..., Any]:
     """The function that computes `operation` for tensors on such a device."""
     return FUNCTIONS[backend_of(operation, device_type), operation]
+
+
+def decodes(device_type: str) -> bool:
+    """Whether kernels of its own compute whole decoding steps there, in which rows and tokens do not touch."""
+    return all(backend_of(operation, device_type) != "reference" for operation in DECODING)
 
 
 def chosen(device: torch.device) -> dict[str, str]:

@@ -26,7 +26,8 @@ TOLERANCE = {
     "experts": {FP32: 2e-5, BF16: 5e-2},  # a value that rounding moves across the limit loses its gradient
     "window_attention": {FP32: 2e-5, BF16: 4e-2},  # exponents of size 20
 }
-FP32_ONLY = {"adamw_step", "hyper_read", "hyper_write", "route", "expert_load"}  # whatever the autocast
+FP32_ONLY = {"adamw_step", "hyper_head", "hyper_read", "hyper_write", "route", "expert_load"}  # whatever the autocast
+FP32_ONLY |= {"decode_compressed_attention", "decode_experts", "decode_latent_attention", "skinny_linear"}
 
 
 @dataclass(frozen=True)
@@ -291,6 +292,109 @@ def _hyper_write() -> list[Case]:
     return [case(33, 4, 40), case(70, 3, 17)]
 
 
+def _hyper_head() -> list[Case]:
+    def case(t: int, n: int, d: int) -> Case:
+        call = _plain(lambda *inputs: moe_kernels.hyper_head(*inputs, 1e-6, 1e-6))
+        inputs = [random(t, n, d), random(n, n * d) * 0.1, random(n), random(1) + 1]
+        return Case(f"{t} tokens, {n} streams of {d}", call, inputs)
+
+    return [case(1, 4, 64), case(70, 3, 17)]
+
+
+def _plain(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of copies and without gradients, as operations of a decoding step are called."""
+
+    def run(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return call(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
+
+    return run
+
+
+def _skinny_linear() -> list[Case]:
+    shapes = ((1, 64, 33), (2, 20, 7), (3, 17, 40), (18, 256, 130))
+    call = _plain(moe_kernels.skinny_linear)
+    return [Case(f"{t} rows, {d} to {o}", call, [random(t, d), random(o, d) * d**-0.5]) for t, d, o in shapes]
+
+
+def _decode_experts() -> list[Case]:
+    def case(name: str, tokens: int, given: bool = False, **how: Any) -> Case:
+        def call(x: Tensor, router: Tensor, bias: Tensor, chosen: Tensor, *weights: Tensor) -> Tensor:
+            first = (None, chosen) if given else (bias, None)
+            return moe_kernels.decode_experts(x, router, *first, weights[:2], weights[2:], 3, scale=2.5, **how)
+
+        routed = [random(8, 22, 20) * 0.3, random(8, 20, 11) * 0.3]
+        shared = [random(13, 20) * 0.3, random(13, 20, seed=1) * 0.3, random(20, 13) * 0.3]
+        inputs = [random(tokens, 20), random(8, 20), random(8) * 0.1, _indices(tokens, 3, 7), *routed, *shared]
+        return Case(name, _plain(call), inputs)
+
+    return [
+        case("one row", 1),
+        case("19 rows, 2 of 4 groups", 19, groups=4, top_groups=2),
+        case("square root of softplus, clamped", 5, score="sqrt_softplus", limit=0.7, normalise=False),
+        case("given experts", 3, given=True, score="sqrt_softplus"),
+    ]
+
+
+def _places() -> list[Tensor]:
+    """Three rows: lengths and ends of two tokens, one, and two."""
+    return [torch.tensor([9, 0, 21]), torch.tensor([11, 1, 23])]
+
+
+def _past(slots: int, channels: int, seed: int = 0) -> list[Tensor]:
+    """A cache that holds something everywhere, of three rows."""
+    return [random(3, slots + 1, channels, seed=seed), torch.zeros(3, slots + 1, dtype=torch.int64)]
+
+
+def _decode_latent_attention() -> list[Case]:
+    def case(low_rank: bool) -> Case:
+        def call(x: Tensor, lengths: Tensor, ends: Tensor, cache: Tensor, places: Tensor, *others: Tensor) -> Any:
+            query = others[:3] if low_rank else others[2:3]
+            frequencies = torch.tensor([1.0, 0.1, 0.01]).to(x)
+            more = (others[3:6], others[6], cache, places, frequencies, 1.1, 0.3, 3)
+            return moe_kernels.decode_latent_attention(x, lengths, ends, query, *more), cache
+
+        query = [random(9, 20), random(9), random(3 * 11, 9 if low_rank else 20)]
+        others = [*query, random(13, 20), random(7), random(3 * (5 + 4), 7), random(20, 12)]
+        inputs = [random(3, 2, 20), *_places(), *_past(64, 13), *(weight * 0.5 for weight in others)]
+        return Case(f"queries {'of low rank' if low_rank else 'of one matrix'}", _plain(call), inputs)
+
+    return [case(True), case(False)]
+
+
+def _decode_compressed_attention() -> list[Case]:
+    """Three heads of 10 channels, a window of 7; an entry every 4 tokens, later more than are chosen, or every 6."""
+
+    def case(name: str, compressed: list[Tensor], indexer: list[Tensor], caches: list[Tensor]) -> Case:
+        sizes = (8, len(compressed), len(indexer), len(caches))
+
+        def call(x: Tensor, lengths: Tensor, ends: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            weights, compression, indexing, cache = _split(rest, sizes)
+            frequencies = torch.tensor([1.0, 0.1]).to(x)
+            more = (weights, compression, indexing, cache, frequencies, 3, 3, 1e-6)
+            return moe_kernels.decode_compressed_attention(x, lengths, ends, *more), *cache[::2]
+
+        query, key = [random(9, 20), random(9), random(30, 9)], [random(10, 20), random(10)]
+        weights = [*query, *key, random(3 * 5, 10), random(20, 15), random(3)]
+        return Case(name, _plain(call), [random(3, 2, 20), *_places(), *weights, *compressed, *indexer, *caches])
+
+    window, heavy = _past(7, 10), [random(10, 20), random(10, 20, seed=1), random(6, 10), random(10)]
+    sparse = [random(20, 20), random(20, 20, seed=1), random(4, 20), random(10)]
+    indexer = [random(12, 20), random(12, 20, seed=1), random(4, 12), random(6), random(2 * 6, 9), random(2, 20)]
+    entries = [*_past(8, 40), *_past(64, 10, seed=1), *_past(8, 24), *_past(64, 6)]
+    return [
+        case("a window alone", [], [], window),
+        case("an entry for six tokens", heavy, [], [*window, *_past(6, 20), *_past(64, 10, seed=1)]),
+        case("chosen ones of overlapping entries", sparse, indexer, [*window, *entries]),
+    ]
+
+
+def _split(values: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[list[Tensor]]:
+    """Neighbours in groups of those sizes."""
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    return [list(values[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+
+
 def _newton_schulz() -> list[Case]:
     wide, tall = ((random(3, *shape)) for shape in ((12, 20), (20, 12)))
     return [Case("wide", moe_kernels.newton_schulz, [wide]), Case("tall", moe_kernels.newton_schulz, [tall])]
@@ -315,9 +419,13 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "cached_window_attention": _cached_window_attention,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,
+    "decode_compressed_attention": _decode_compressed_attention,
+    "decode_experts": _decode_experts,
+    "decode_latent_attention": _decode_latent_attention,
     "expert_load": _expert_load,
     "experts": _experts,
     "grouped_matmul": _grouped_matmul,
+    "hyper_head": _hyper_head,
     "hyper_read": _hyper_read,
     "hyper_write": _hyper_write,
     "newton_schulz": _newton_schulz,
@@ -325,6 +433,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "rms_norm": _rms_norm,
     "rotate": _rotate,
     "route": _route,
+    "skinny_linear": _skinny_linear,
     "swiglu": _swiglu,
     "unpermute": _unpermute,
     "window_attention": _window_attention,

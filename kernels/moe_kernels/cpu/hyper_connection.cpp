@@ -75,6 +75,16 @@ V collect(const float* from, int64_t stride, int64_t count) {
 }
 
 template <int N>
+void weighted_sum(const Maps& m, const float* x, const float* read, int64_t tokens, float* h) {
+  for (int64_t t = 0; t < tokens; t++)
+    along(m.width, [&](int64_t at, auto get, auto put) {
+      V total{};
+      for (int n = 0; n < N; n++) total += read[t * N + n] * get(x + t * m.channels + n * m.width + at);
+      put(h + t * m.width + at, total);
+    });
+}
+
+template <int N>
 void read_block(const Maps& m, const float* x, const float* projection, int64_t tokens, float* h, float* write,
                 float* mix) {
   float read[BLOCK * N];
@@ -88,12 +98,7 @@ void read_block(const Maps& m, const float* x, const float* projection, int64_t 
     sinkhorn<N>(a + 2 * N, m.iterations, m.eps);
     for (int i = 0; i < N * N; i++) spread(a[2 * N + i], mix + t * N * N + i, N * N, tokens - t);
   }
-  for (int64_t t = 0; t < tokens; t++)
-    along(m.width, [&](int64_t at, auto get, auto put) {
-      V total{};
-      for (int n = 0; n < N; n++) total += read[t * N + n] * get(x + t * m.channels + n * m.width + at);
-      put(h + t * m.width + at, total);
-    });
+  weighted_sum<N>(m, x, read, tokens, h);
 }
 
 // Gradients of the coefficients of a block; sums over its tokens are added to d_base [P] and d_scale [3].
@@ -197,6 +202,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hyper_read(const Tensor& x, c
     });
   });
   return {h, write, mix, projection, inverse_rms};
+}
+
+// What all is read by in the end: coefficients of the read alone, P = N.
+Tensor hyper_head(const Tensor& x, const Tensor& fn, const Tensor& base, const Tensor& scale, double norm_eps,
+                  double eps) {
+  const Maps m = maps_of(x, fn, base, scale, 0, eps);
+  const int64_t tokens = x.size(0);
+  Tensor h = torch::stable::new_empty(x, {tokens, m.width});
+  const float* streams = floats(x);
+  float* to = floats_of(h);
+  with_streams(m.streams, [&](auto constant) {
+    constexpr int N = constant();
+    torch::stable::parallel_for(0, parts(tokens, BLOCK), 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first * BLOCK; t < std::min(last * BLOCK, tokens); t += BLOCK) {
+        const int64_t count = std::min(BLOCK, tokens - t);
+        float projection[BLOCK * N], inverse_rms[BLOCK], read[BLOCK * N];
+        project(m, streams + t * m.channels, count, norm_eps, projection, inverse_rms);
+        for (int64_t i = 0; i < count; i += W) {
+          V a[MAX_P];
+          activations(m, projection, i, count, a);
+          for (int n = 0; n < N; n++) spread(sigmoid(a[n]) + m.eps, read + i * N + n, N, count - i);
+        }
+        weighted_sum<N>(m, streams + t * m.channels, read, count, to + t * m.width);
+      }
+    });
+  });
+  return h;
 }
 
 // Sums of the groups, in their order.
@@ -323,6 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_write_backward(const Tensor& d_
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels_cpu, CPU, m) {
   m.impl("hyper_read", TORCH_BOX(&hyper_read));
   m.impl("hyper_read_backward", TORCH_BOX(&hyper_read_backward));
+  m.impl("hyper_head", TORCH_BOX(&hyper_head));
   m.impl("hyper_write", TORCH_BOX(&hyper_write));
   m.impl("hyper_write_backward", TORCH_BOX(&hyper_write_backward));
 }

@@ -27,6 +27,14 @@ def hyper_read(
     return torch.ops.moe_kernels_cpu.hyper_read(*tensors, norm_eps, iterations, eps)[:3]
 
 
+def hyper_head(x_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, norm_eps: float, eps: float) -> Tensor:
+    """read_t . x_t [T, D]; where there are gradients, the reference computes."""
+    if torch.is_grad_enabled() or not _fits(x_TND, fn_NC, base_N, scale_1):
+        return reference.hyper_head(x_TND, fn_NC, base_N, scale_1, norm_eps, eps)
+    tensors = (tensor.contiguous() for tensor in (x_TND, fn_NC, base_N, scale_1))
+    return torch.ops.moe_kernels_cpu.hyper_head(*tensors, norm_eps, eps)
+
+
 def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) -> Tensor:
     """x'_k = sum_j mix[j, k] x_j + write_k y, [T, N, D]."""
     if not _fits(x_TND, y_TD, write_TN, mix_TNN):
@@ -75,6 +83,10 @@ operator(
     "hyper_read_backward(Tensor d_h, Tensor d_write, Tensor d_mix, Tensor x, Tensor fn, Tensor base, Tensor scale,"
     " Tensor projection, Tensor inverse_rms, int iterations, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda d_h, d_write, d_mix, *inputs: tuple(torch.empty_like(tensor) for tensor in inputs[:4]),
+)
+operator(
+    "hyper_head(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float eps) -> Tensor",
+    lambda x, *others: x.new_empty(x.shape[0], x.shape[2]),
 )
 operator(
     "hyper_write(Tensor x, Tensor y, Tensor write, Tensor mix) -> Tensor",

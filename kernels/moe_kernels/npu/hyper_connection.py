@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.reference.hyper_connection import hyper_write, read_and_logits
+from moe_kernels.reference.hyper_connection import hyper_head, hyper_write, read_and_logits
 from moe_kernels.reference.sinkhorn import sinkhorn as reference
 
-__all__ = ["NEEDS", "hyper_read", "hyper_write"]
+__all__ = ["NEEDS", "hyper_head", "hyper_read", "hyper_write"]
 NEEDS = {"npu_mhc_sinkhorn": ("eps", "num_iters", "out_flag"), "npu_mhc_sinkhorn_backward": ("grad_y", "norm", "sum")}
 STREAMS, MOST_MATRICES = (4, 6, 8), 65536  # what the operator takes
 WITH_STEPS = 1  # out_flag: the matrix of each step, which the backward pass reads

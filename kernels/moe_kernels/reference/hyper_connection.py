@@ -44,6 +44,12 @@ def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) 
     return torch.baddbmm(torch.bmm(mix_TNN.mT, x_TND), write_TN.unsqueeze(2), y_TD.unsqueeze(1))
 
 
+def hyper_head(x_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, norm_eps: float, eps: float) -> Tensor:
+    """read_t . x_t [T, D] with the same read, and nothing else."""
+    read_TN = (projected(x_TND.flatten(1), fn_NC, norm_eps) * scale_1 + base_N).sigmoid() + eps
+    return torch.bmm(read_TN.unsqueeze(1), x_TND).squeeze(1)
+
+
 def projected(x_TC: Tensor, fn_PC: Tensor, eps: float) -> Tensor:
     """rms_norm(x) fn^T, with the division after the product: [T, C] -> [T, P]."""
     mean_T1 = torch.linalg.vector_norm(x_TC, dim=-1, keepdim=True).square() / x_TC.shape[-1]

@@ -22,17 +22,24 @@ def route(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(indices [T, K], weights [T, K] fp32). Raises `ValueError` for a score that does not exist."""
+    scores_TE = affinities(x_TD, weight_ED, score)
+    choice_TE = _within_best_groups(scores_TE.detach() + bias_E, groups, top_groups)
+    indices_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices
+    return indices_TK, mixing(scores_TE.gather(1, indices_TK), normalise, scale)
+
+
+def affinities(x_TD: Tensor, weight_ED: Tensor, score: str) -> Tensor:
+    """Of each token to each expert, [T, E] fp32, whatever the autocast."""
     if score not in ("sigmoid", "sqrt_softplus"):
         raise ValueError(f"the router has no score {score!r}; choose 'sigmoid' or 'sqrt_softplus'")
     with torch.autocast(x_TD.device.type, enabled=False):
         logits_TE = F.linear(x_TD.float(), weight_ED.float())
-    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else F.softplus(logits_TE).sqrt()
-    choice_TE = _within_best_groups(scores_TE.detach() + bias_E, groups, top_groups)
-    indices_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices
-    weights_TK = scores_TE.gather(1, indices_TK)
-    if normalise:
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return indices_TK, weights_TK * scale
+    return logits_TE.sigmoid() if score == "sigmoid" else F.softplus(logits_TE).sqrt()
+
+
+def mixing(weights_TK: Tensor, normalise: bool, scale: float) -> Tensor:
+    """Weights of the chosen experts from their affinities."""
+    return (weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20) if normalise else weights_TK) * scale
 
 
 def _within_best_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:

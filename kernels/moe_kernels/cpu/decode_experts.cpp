@@ -1,0 +1,151 @@
+// A mixture of experts on the few rows of a decoding step: router, routed experts, shared expert; see
+// reference/decode_experts.py.
+//
+// Shapes: T rows, D hidden size, E experts, K experts per row, F width of an expert.
+//
+// Bound by memory: 3 D F numbers for each expert that a row chose and for the shared one, D E for the router. A thread
+// takes one expert after the other; the rows of an expert share its weights, and each row sums its experts in order.
+#include <atomic>
+#include <memory>
+
+#include "rows.h"
+#include "swiglu.h"
+
+namespace {
+
+struct Routing {
+  int64_t choices, groups, top_groups;
+  bool sigmoid, normalise;
+  float scale;
+};
+
+float affinity(float logit, bool sigmoid) {
+  if (sigmoid) return 1.0f / (1.0f + std::exp(-logit));
+  return std::sqrt(logit > 20.0f ? logit : std::log1p(std::exp(logit)));
+}
+
+// The `count` best of the values, the first of equal ones, best first.
+void best(const std::vector<float>& values, int64_t count, int64_t* chosen) {
+  std::vector<int64_t> order(values.size());
+  for (size_t i = 0; i < order.size(); i++) order[i] = i;
+  std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int64_t a, int64_t b) {
+    return values[a] > values[b] || (values[a] == values[b] && a < b);
+  });
+  std::copy_n(order.begin(), count, chosen);
+}
+
+// Experts outside of the groups whose two best score highest can not be chosen.
+void within_best_groups(std::vector<float>& scores, const Routing& how) {
+  const int64_t size = scores.size() / how.groups;
+  std::vector<float> found(how.groups);
+  std::vector<int64_t> kept(how.top_groups);
+  for (int64_t g = 0; g < how.groups; g++) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int64_t e = g * size; e < (g + 1) * size; e++) {
+      const float score = scores[e];
+      score > first ? (second = first, first = score) : (second = std::max(second, score));
+    }
+    found[g] = first + second;
+  }
+  best(found, how.top_groups, kept.data());
+  for (int64_t g = 0; g < how.groups; g++)
+    if (std::find(kept.begin(), kept.end(), g) == kept.end())
+      std::fill(scores.begin() + g * size, scores.begin() + (g + 1) * size, -INFINITY);
+}
+
+// Experts [T, K] and their weights of every row, from the router's logits [T, E]; given: experts that are chosen before.
+void route(const float* logits, int64_t rows, int64_t experts, const float* bias, const int64_t* given,
+           const Routing& how, int64_t* chosen, float* weights) {
+  std::vector<float> affinities(experts), scores(experts);
+  for (int64_t t = 0; t < rows; t++, chosen += how.choices, weights += how.choices) {
+    for (int64_t e = 0; e < experts; e++) affinities[e] = affinity(logits[t * experts + e], how.sigmoid);
+    if (given) {
+      std::copy_n(given + t * how.choices, how.choices, chosen);
+    } else {
+      for (int64_t e = 0; e < experts; e++) scores[e] = affinities[e] + bias[e];
+      if (how.groups > 1) within_best_groups(scores, how);
+      best(scores, how.choices, chosen);
+    }
+    float total = 0.0f;
+    for (int64_t k = 0; k < how.choices; k++) {
+      STD_TORCH_CHECK(chosen[k] >= 0 && chosen[k] < experts, "expert ", chosen[k], " does not exist");
+      total += weights[k] = affinities[chosen[k]];
+    }
+    for (int64_t k = 0; k < how.choices; k++) weights[k] *= how.scale / (how.normalise ? total + 1e-20f : 1.0f);
+  }
+}
+
+// One expert: its weights, and the pairs of row and choice that are its own.
+struct Share {
+  const float *gate, *up, *down;
+  int64_t inner;
+  std::vector<int64_t> pairs;
+};
+
+// The output of each pair of one expert, from rows x [T, D]; choices: pairs of a row; after: the next expert's gate.
+void feed_forward(const Share& own, const float* x, int64_t width, int64_t choices, const float* weights, float limit,
+                  const float* after, float* out) {
+  const int64_t rows = own.pairs.size();
+  auto memory = std::make_unique_for_overwrite<float[]>(rows * (2 * width + 2 * own.inner));
+  float *in = memory.get(), *result = in + rows * width, *gate = result + rows * width, *up = gate + rows * own.inner;
+  for (int64_t i = 0; i < rows; i++) std::memcpy(in + i * width, x + own.pairs[i] / choices * width, width * sizeof(float));
+  thin(rows, {in, width}, {own.gate, width, own.up}, width, 0, own.inner, gate, own.inner);
+  thin(rows, {in, width}, {own.up, width, own.down}, width, 0, own.inner, up, own.inner);
+  for (int64_t i = 0; i < rows; i++)
+    swiglu_row(gate + i * own.inner, up + i * own.inner, own.inner, limit, weights ? weights[own.pairs[i]] : 1.0f,
+               gate + i * own.inner);
+  thin(rows, {gate, own.inner}, {own.down, own.inner, after}, own.inner, 0, width, result, width);
+  for (int64_t i = 0; i < rows; i++) std::memcpy(out + own.pairs[i] * width, result + i * width, width * sizeof(float));
+}
+
+// The experts that a row chose.
+std::vector<Share> shares(const std::vector<int64_t>& chosen, const Tensor& gate_up, const Tensor& down) {
+  const int64_t experts = down.size(0), width = down.size(1), inner = down.size(2);
+  std::vector<Share> all(experts), used;
+  for (size_t i = 0; i < chosen.size(); i++) all[chosen[i]].pairs.push_back(i);
+  for (int64_t e = 0; e < experts; e++)
+    if (!all[e].pairs.empty()) {
+      const float* both = floats(gate_up) + e * 2 * inner * width;
+      used.push_back({both, both + inner * width, floats(down) + e * width * inner, inner, std::move(all[e].pairs)});
+    }
+  return used;
+}
+
+Tensor decode_experts(const Tensor& x, const Tensor& router, const std::optional<Tensor>& bias,
+                      const std::optional<Tensor>& given, const Tensor& gate_up, const Tensor& down,
+                      const Tensor& shared_gate, const Tensor& shared_up, const Tensor& shared_down, int64_t choices,
+                      bool sigmoid, int64_t groups, int64_t top_groups, bool normalise, double scale,
+                      std::optional<double> limit) {
+  const int64_t rows = x.size(0), width = x.size(1), experts = router.size(0);
+  const Routing how{choices, groups, top_groups, sigmoid, normalise, float(scale)};
+  std::vector<float> logits(rows * experts), weights(rows * choices);
+  std::vector<int64_t> chosen(rows * choices);
+  Tensor y = torch::stable::empty_like(x);
+  thin_parallel(rows, {floats(x), width}, router, logits.data(), experts);
+  route(logits.data(), rows, experts, bias ? floats(*bias) : nullptr, given ? integers(*given) : nullptr, how,
+        chosen.data(), weights.data());
+  const std::vector<Share> used = shares(chosen, gate_up, down);
+  Share shared{floats(shared_gate), floats(shared_up), floats(shared_down), shared_gate.size(0), {}};
+  for (int64_t t = 0; t < rows; t++) shared.pairs.push_back(t);
+  auto routed = std::make_unique_for_overwrite<float[]>(rows * choices * width);
+  float* to = floats_of(y);
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i <= used.size(); i = next++) {
+      const float* after = i < used.size() ? used[i].gate : nullptr;
+      i ? feed_forward(used[i - 1], floats(x), width, choices, weights.data(), limit_of(limit), after, routed.get())
+        : feed_forward(shared, floats(x), width, 1, nullptr, limit_of(limit), after, to);
+    }
+  });
+  for (int64_t t = 0; t < rows; t++)
+    along(width, [&](int64_t at, auto get, auto put) {
+      V total{};
+      for (int64_t k = 0; k < choices; k++) total += get(routed.get() + (t * choices + k) * width + at);
+      put(to + t * width + at, get(to + t * width + at) + total);
+    });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels_cpu, CPU, m) { m.impl("decode_experts", TORCH_BOX(&decode_experts)); }

@@ -1,0 +1,202 @@
+// A few rows at a time, as decoding has them: products with weights as they lie, norms, rotations, softmax.
+//
+// A row's result has the same bits however many rows there are and wherever it stands among them: every number is one
+// sum over lanes, in the same order in tiles of all heights, and nothing is packed. A product reads the weights once;
+// for few rows that is its cost (4 bytes a weight), for many two loads of the first cache for every two multiply-adds.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "multiply.h"
+
+namespace {
+
+constexpr int64_t OUTPUTS = 64;         // of a product that are one piece of work
+constexpr int64_t ENOUGH = 1 << 17;     // multiply-adds that are worth another thread
+constexpr int64_t AHEAD = 1 << 13;      // numbers between a weight that is used and the one that is fetched then
+constexpr int SECOND_CACHE = 2;         // where it goes: 32 kB would be all of the first
+constexpr float NEVER = -1e30f;         // a logit whose exponential is zero
+
+#if defined(__clang__)
+template <size_t... i>
+inline V neighbours(V a, V b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+}
+#else
+template <size_t... i>
+inline V neighbours(V a, V b, std::index_sequence<i...>) {
+  return __builtin_shuffle(a, b, I{int(2 * i)...}) + __builtin_shuffle(a, b, I{int(2 * i + 1)...});
+}
+#endif
+
+// The sums of W vectors, in their order.
+inline V sums(V v[W]) {
+#pragma GCC unroll 4
+  for (int count = W / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) v[i] = neighbours(v[2 * i], v[2 * i + 1], std::make_index_sequence<W>());
+  return v[0];
+}
+
+// Keeps a vector in a register: compilers like to load it again for each use, which is as dear as the multiply-add.
+inline void hold([[maybe_unused]] V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
+// Dot products of ROWS rows with W / ROWS others: out[output * ROWS + row]. The numbers from `next` on are needed soon:
+// many short rows side by side are more than a processor foresees.
+template <int ROWS>
+inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS], int64_t inner, const float* next,
+                      float out[W]) {
+  V total[W] = {};
+  along(inner, [&](int64_t at, auto get, auto) {
+    V left[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) left[i] = get(x[i] + at), hold(left[i]);
+#pragma GCC unroll 16
+    for (int j = 0; j < W / ROWS; j++) {
+      __builtin_prefetch(next + at * (W / ROWS) + j * W, 0, SECOND_CACHE);
+      const V right = get(w[j] + at);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; i++) total[j * ROWS + i] += left[i] * right;
+    }
+  });
+  store(out, sums(total));
+}
+
+// Rows that lie `row` numbers apart; after: what will be read after them, where that is known.
+struct Rows {
+  const float* data;
+  int64_t row;
+  const float* after = nullptr;
+};
+
+// y [rows, first .. last of the outputs] = x [rows, inner] weights [outputs, inner] transposed.
+template <int ROWS>
+void thin_part(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, int64_t first, int64_t last, float* y,
+               int64_t y_row) {
+  constexpr int OUTS = W / ROWS;
+  for (int64_t o = first; o < last; o += OUTS) {
+    const float* w[OUTS];
+    for (int j = 0; j < OUTS; j++) w[j] = weights.data + std::min(o + j, last - 1) * weights.row;
+    const int64_t place = o * weights.row + AHEAD, beyond = place - last * weights.row;
+    const float* next = beyond > 0 && weights.after ? weights.after + beyond : weights.data + place;
+    for (int64_t t = 0; t < rows; t += ROWS) {
+      const float* from[ROWS];
+      float found[W];
+      for (int i = 0; i < ROWS; i++) from[i] = x.data + std::min(t + i, rows - 1) * x.row;
+      thin_tile<ROWS>(from, w, inner, next, found);
+      for (int64_t i = 0; i < std::min<int64_t>(ROWS, rows - t); i++)
+        for (int64_t j = 0; j < std::min<int64_t>(OUTS, last - o); j++) y[(t + i) * y_row + o + j] = found[j * ROWS + i];
+    }
+  }
+}
+
+inline void thin(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, int64_t first, int64_t last, float* y,
+                 int64_t y_row) {
+  switch (rows) {
+    case 0: return;
+    case 1: return thin_part<1>(rows, x, weights, inner, first, last, y, y_row);
+    case 2: return thin_part<2>(rows, x, weights, inner, first, last, y, y_row);
+    default: return thin_part<4>(rows, x, weights, inner, first, last, y, y_row);
+  }
+}
+
+// The same of all outputs, by as many threads as pay.
+inline void thin_parallel(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, int64_t outputs, float* y,
+                          int64_t y_row) {
+  const int64_t grain = std::max<int64_t>(1, ENOUGH / (OUTPUTS * std::max<int64_t>(1, inner * rows)));
+  torch::stable::parallel_for(0, parts(outputs, OUTPUTS), grain, [&](int64_t first, int64_t last) {
+    thin(rows, x, weights, inner, first * OUTPUTS, std::min(last * OUTPUTS, outputs), y, y_row);
+  });
+}
+
+// By a matrix of PyTorch's, [outputs, inner].
+inline void thin_parallel(int64_t rows, const Rows& x, const Tensor& weights, float* y, int64_t y_row) {
+  const int64_t inner = weights.size(1);
+  thin_parallel(rows, x, {floats(weights), inner}, inner, weights.size(0), y, y_row);
+}
+
+// x = weight x / rms(x) in place; a weight of null is one of ones.
+inline void normalise_row(float* x, const float* weight, int64_t width, float eps) {
+  V squares{};
+  along(width, [&](int64_t at, auto get, auto) { const V v = get(x + at); squares += v * v; });
+  const float r = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
+  along(width, [&](int64_t at, auto get, auto put) {
+    const V v = r * get(x + at);
+    put(x + at, weight ? v * get(weight + at) : v);
+  });
+}
+
+// Cosines and sines of one position.
+struct Turn {
+  std::vector<float> cosine, sine;
+
+  Turn(const Tensor& frequencies, int64_t position, float factor = 1.0f)
+      : cosine(frequencies.numel()), sine(frequencies.numel()) {
+    for (size_t r = 0; r < cosine.size(); r++) {
+      const float angle = float(position) * floats(frequencies)[r];
+      cosine[r] = std::cos(angle) * factor, sine[r] = std::sin(angle) * factor;
+    }
+  }
+
+  // Turns the last channels of a row of `width` in place; sign -1: backwards.
+  void apply(float* row, int64_t width, float sign = 1.0f) const {
+    float* x = row + width - 2 * cosine.size();
+    for (size_t r = 0; r < cosine.size(); r++) {
+      const float even = x[2 * r], odd = x[2 * r + 1], c = cosine[r], s = sign * sine[r];
+      x[2 * r] = even * c - odd * s;
+      x[2 * r + 1] = odd * c + even * s;
+    }
+  }
+};
+
+// Logits times `scale` to probabilities; the row has room for whole vectors. A sink takes its part of them.
+inline void softmax_row(float* row, int64_t count, float scale, float sink = NEVER) {
+  for (int64_t k = count; k < parts(count, W) * W; k++) row[k] = NEVER;
+  V top = splat(sink), total{};
+  for (int64_t k = 0; k < count; k += W) {
+    const V logit = load(row + k) * scale;
+    store(row + k, logit);
+    top = logit > top ? logit : top;
+  }
+  float part[W], most = sink;
+  store(part, top);
+  for (float x : part) most = std::max(most, x);
+  for (int64_t k = 0; k < count; k += W) {
+    const V p = exp(load(row + k) - most);
+    store(row + k, p);
+    total += p;
+  }
+  const float inverse = 1.0f / (sum(total) + exp(splat(sink - most))[0]);
+  for (int64_t k = 0; k < count; k += W) store(row + k, load(row + k) * inverse);
+}
+
+// Slots of a cache by position, [B, slots + 1, channels]: the last one takes what is not kept.
+struct Store {
+  float* values;
+  int64_t* positions;
+  int64_t slots, channels;
+
+  Store(Tensor& values, Tensor& positions)
+      : values(floats_of(values)), positions(static_cast<int64_t*>(positions.mutable_data_ptr())),
+        slots(values.size(1) - 1), channels(values.size(2)) {}
+
+  float* row(int64_t b) const { return values + b * (slots + 1) * channels; }
+
+  float* at(int64_t b, int64_t position) const { return row(b) + position % slots * channels; }
+
+  void write(int64_t b, int64_t position, const float* from) const {
+    std::memcpy(at(b, position), from, channels * sizeof(float));
+    positions[b * (slots + 1) + position % slots] = position;
+  }
+};
+
+inline const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
+
+}  // namespace
