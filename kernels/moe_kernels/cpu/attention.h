@@ -65,12 +65,11 @@ inline float softmax_backward(float* row, const float* grad, int64_t columns, fl
   return mean;
 }
 
-// What a thread needs for one tile after the other: rows of queries and of gradients, probabilities and their gradients.
+// What a thread needs for one tile after the other: queries and gradients, probabilities and their gradients.
 template <class T>
 struct Room {
   Tiles tiles;
-  Rows<T> query, grad;
-  Rows<T> p, d_p;
+  Rows<T> query, grad, p, d_p;
   std::vector<float> logits, d_logits, result;
   std::vector<Element<T>> turned[4];
 

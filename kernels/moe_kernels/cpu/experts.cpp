@@ -2,9 +2,9 @@
 //
 // Shapes: T tokens, D hidden size, F expert width, E experts, K experts per token, N = T K rows, M rows of one expert.
 //
-// A counting sort gives each expert its rows. An expert is the unit of work of a thread: it gathers its rows, multiplies
-// them, applies the activation in fp32 with the mixing weight folded in, multiplies again; each token then sums its K
-// rows in order. Cost: 6 D F FLOP a row forwards and 12 D F backwards in the products, which is the limit for M of 100
+// A counting sort gives each expert its rows. An expert is the unit of work of a thread: it gathers its rows,
+// multiplies them, applies the activation in fp32 with the mixing weight folded in, multiplies again; each token then
+// sums its K rows in order. Cost: 6 D F FLOP a row forwards and 12 D F backwards in the products, which is the limit for M of 100
 // and more; the rest is 2 D + 3 F numbers a row each way that mostly stay in the second cache.
 //
 // fp32 is multiplied by PyTorch (MKL), bfloat16 by blocks of experts_bfloat16.h. Only gate and up [N, 2 F] are kept for
@@ -76,7 +76,7 @@ void forward(const Sizes& z, const float* x, const Routes& routes, const float* 
   combine(routes, rows.get(), z, y);
 }
 
-// The activation of one expert's rows backwards: d_hidden -> hidden, with the weight in it, and the gradient of gate_up.
+// The activation of one expert's rows backwards: d_hidden -> hidden, the weight in it, and the gradient of gate_up.
 void activation_backward(const Sizes& z, const Routes& routes, const Share& own, const float* kept,
                          const float* weights, float limit, const float* d_hidden, float* hidden, float* d_both,
                          float* d_weights) {

@@ -2,10 +2,10 @@
 //
 // Shapes: D hidden size, F expert width, M rows of one expert.
 //
-// Weights, fp32 or bfloat16, are rounded and paired where an expert needs them: 12 bytes of memory traffic a weight and
-// step where copies in bfloat16 would take 18. BLOCK rows at a time go through all products of a pass, so that what lies
-// between them (150 kB at D 256, F 128) stays in the second cache beside the weights (200 kB). Sums over rows, which are
-// the weights' gradients, leave in fp32 as they are, PART rows at a time.
+// Weights, fp32 or bfloat16, are rounded and paired where an expert needs them: 12 bytes of memory traffic a weight
+// and step where copies in bfloat16 would take 18. BLOCK rows at a time go through all products of a pass, so that what
+// lies between them (150 kB at D 256, F 128) stays in the second cache beside the weights (200 kB). Sums over rows,
+// which are the weights' gradients, leave in fp32 as they are, PART rows at a time or fewer.
 #pragma once
 
 #include "multiply.h"
@@ -134,8 +134,9 @@ void backward(const Sizes& z, const Bits* d_y, const Bits* x, const Routes& rout
     if constexpr (!rounded) d_gate_up = to.gate_up + e * z.both(), d_down = to.down + e * z.down();
     lay_down(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), z.width);
     lay_down(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.inner);
-    for (int64_t part = begin; part < end; part += PART) {
-      const int64_t count = std::min(PART, end - part), all = filled(count);
+    const int64_t size = parts(parts(end - begin, parts(end - begin, PART)), BLOCK) * BLOCK;
+    for (int64_t part = begin; part < end; part += size) {
+      const int64_t count = std::min(size, end - part), all = filled(count);
       gather(z, routes, x, part, count, all, room.in);
       gather(z, routes, d_y, part, count, all, room.grad);
       for (int64_t at = 0; at < count; at += BLOCK)

@@ -7,9 +7,9 @@
 // last that one of its tokens may see, and with the groups of entries in which one of them sees one: what lies in the
 // future, in other documents or was not chosen costs nothing but a look at its mask. Logits of a tile (32 rows of 200,
 // 25 kB) never leave the caches. Cost of a token and head with K keys and entries: 4 K D FLOP forwards, 10 K D
-// backwards, which is the limit, and an exponential; from memory come 2 D numbers a token and head, and D a key. Products
-// are those of the element type with sums in fp32; in bfloat16 probabilities and their gradients are rounded before they
-// are multiplied.
+// backwards, which is the limit, and an exponential; from memory come 2 D numbers a token and head, and D a key.
+// Products are those of the element type with sums in fp32; in bfloat16 probabilities and their gradients are rounded
+// before they are multiplied.
 //
 // Kept for the backward pass: the logarithm of each softmax's sum. Rows are cut into at most 8 segments by S and the
 // window alone; what they add to keys, entries and sinks is summed in the order of segments.
