@@ -42,7 +42,7 @@ for word in ("translation", "Übersetzung", "перевод", "翻译", "🙂"):
 # %%
 from pipelines import figures
 from pipelines.corpus import documents
-from pipelines.fertility import by_vocabulary, fertility
+from pipelines.notebooks.fertility import by_vocabulary, fertility
 
 table = documents(Path("data/clean"), ["text", "source", "language", "bytes", "split"])
 heldout = table[table["split"] == "heldout"]

@@ -13,7 +13,7 @@
 
 # %%
 from pipelines import project
-from pipelines.rehearsal import rehearse
+from pipelines.notebooks.rehearsal import rehearse
 
 print(rehearse())
 

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from model.transformer import MoETransformer
-from pipelines import endpoint, environment, gates, models, stage
+from pipelines import gates, models, stage
 from pipelines.corpus import dialogues, in_turn
+from pipelines.deployment import endpoint
 from pipelines.encode import BOS, load_encoder
 from pipelines.finetune import mark_assistant
+from pipelines.machine import environment
 from pipelines.params import Agreement
 from pipelines.tracking import Run
 

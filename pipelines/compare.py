@@ -1,8 +1,8 @@
 """Two models side by side for the person who decides: figures with intervals, samples, settings, data.
 
-The other model's figures come from its evidence (pipelines/evidence.py), so a champion that somebody else trained can
-be compared too. Where both scored the same held-out documents the difference is taken document by document: what makes
-a document hard is then the same for both, and a much smaller difference shows.
+The other model's figures come from its evidence (pipelines/trust/evidence.py), so a champion that somebody else trained
+can be compared too. Where both scored the same held-out documents the difference is taken document by document: what
+makes a document hard is then the same for both, and a much smaller difference shows.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 
-from pipelines import evidence, lineage, register, stage, tracking
+from pipelines import lineage, register, stage, tracking
 from pipelines.evaluate import interval
 from pipelines.params import Register, read_yaml
+from pipelines.trust import evidence
 
 VARIANTS = ("base", "chat")
 

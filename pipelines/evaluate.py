@@ -23,10 +23,11 @@ from moe_kernels import device as devices
 from model.generate import generate
 from model.score import diagnose, score, window_tokens
 from model.transformer import MoETransformer
-from pipelines import environment, models, stage
+from pipelines import models, stage
 from pipelines.corpus import dialogues, heldout
 from pipelines.encode import BOS, EOS, load_encoder
 from pipelines.finetune import mark_assistant
+from pipelines.machine import environment
 from pipelines.params import Evaluate, Params
 from pipelines.tracking import Run
 

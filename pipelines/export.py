@@ -16,9 +16,10 @@ import torch
 
 from model.hf import save_pretrained
 from model.transformer import MoETransformer
-from pipelines import card, environment, models, stage
+from pipelines import card, models, stage
 from pipelines.corpus import in_turn
 from pipelines.encode import BOS, load_encoder
+from pipelines.machine import environment
 from pipelines.params import Params, UserError
 from pipelines.tracking import Run
 

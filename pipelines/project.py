@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipelines.workbench.assistant import Model
-    from pipelines.workbench.compare import Comparison
+    from pipelines.workbench.comparison import Comparison
     from pipelines.workbench.keeping import Kept
     from pipelines.workbench.proposal import Review, Version
 
@@ -164,10 +164,10 @@ def compare(a: Run | str, b: Run | str = "workspace") -> Comparison:
     """
     _kernel.check()
     from pipelines.params import load_params
-    from pipelines.workbench import compare as comparing
+    from pipelines.workbench import comparison
 
     params = load_params()
-    return comparing.Comparison(*(comparing.state(one, params) for one in (a, b)))
+    return comparison.Comparison(*(comparison.state(one, params) for one in (a, b)))
 
 
 def model(which: Run | str | int | Path = "champion") -> Model:

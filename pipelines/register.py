@@ -15,21 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import (
-    decisions,
-    digests,
-    evidence,
-    gates,
-    lineage,
-    locks,
-    repository,
-    signing,
-    stage,
-    summary,
-    tracking,
-    verify,
-)
+from pipelines import digests, gates, lineage, locks, repository, stage, summary, tracking
 from pipelines.params import Params, Register, UserError, load_params
+from pipelines.trust import decisions, evidence, signing, verify
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion

@@ -18,12 +18,13 @@ from model.config import ModelConfig, count_parameters, flops_per_token
 from model.data import Rows
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
-from pipelines import environment
-from pipelines.audit import audit
+from pipelines.machine import environment
+from pipelines.machine.energy import JOULES_PER_KWH, Meter
 from pipelines.params import Training, UserError
 from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
 from pipelines.tracking import Run
+from pipelines.trust.audit import audit
 
 COLUMNS = (
     "loss",
@@ -70,7 +71,7 @@ def fit(
     fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
     config = TrainConfig(**fields)
     behind = int(resumed.name.rpartition("-")[2]) if resumed else 0
-    with progress(stage, config.steps) as advance:
+    with progress(stage, config.steps) as advance, Meter(device.type) as meter:
 
         def report(step: int, record: Record) -> None:
             shown = _shown(record, device)
@@ -88,7 +89,7 @@ def fit(
             raise UserError(_after_failure(stage, reason, device, store)) from error
     _write_curve(curve, [_shown(record, device) for record in history])
     run.when_finished(store.clear)
-    return _metrics(net.config, config, history, device) | {"audit": _audit(run)}
+    return _metrics(net.config, config, history, device, meter.watts()) | {"audit": _audit(run)}
 
 
 def _audit(run: Run) -> dict[str, Any] | None:
@@ -159,15 +160,15 @@ def _table(history: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(history, columns=list(dict.fromkeys([*COLUMNS, *history[0], *history[-1]])))
 
 
-def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
+def _metrics(
+    model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device, watts: float | None
+) -> dict[str, Any]:
     """First and last of each loss (mean of ten steps), size, how experts were used, and, on real devices, speed.
 
-    max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
-    expert that took no token.
+    max_load_over_mean: of the last ten steps, worst layer; balance: see `_balance`.
     """
     table = _table(history)
     losses = {name: float(table[name].tail(10).mean()) for name in history[-1] if name.endswith("_loss")}
-    idle = (table["min_load_over_mean"].iloc[config.warmup_steps :] == 0).sum()
     total, active = count_parameters(model)
     return {
         "steps": config.steps,
@@ -176,22 +177,48 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "loss_last": float(table["loss"].tail(10).mean()),
         **losses,
         "max_load_over_mean": float(table["max_load_over_mean"].tail(10).fillna(0).mean()),
-        "idle_experts": int(idle),
+        "balance": _balance(table, config),
         "parameters": total,
         "active_parameters": active,
         "device": device.type,
         "device_name": devices.name(device),
         "emulated": environment.emulated(device),
         "passport": environment.passport(device),
-        **({} if environment.emulated(device) else _speed(model, config, table, device)),
+        **({} if environment.emulated(device) else _speed(model, config, table, device, watts)),
     }
 
 
-def _speed(model: ModelConfig, config: TrainConfig, table: pd.DataFrame, device: torch.device) -> dict[str, float]:
-    """tokens_per_s of the median step, its share of the device's peak, seconds of all steps."""
+def _balance(table: pd.DataFrame, config: TrainConfig) -> dict[str, float]:
+    """How evenly the experts of the worst layer were used, from the step on at which rate, batch and attention had
+    warmed up; empty where no layer has experts or nothing came after.
+
+    Loads are over the mean. above_twice: share of the batches whose busiest expert took more than twice the mean;
+    busiest, idlest: of any batch; busiest_ten_steps: worst mean of ten steps; idle: batches that left an expert out.
+    """
+    start = max(config.warmup_steps, config.batch_ramp_steps, config.dense_attention_steps)
+    busiest, idlest = (table[name].iloc[start:].dropna() for name in ("max_load_over_mean", "min_load_over_mean"))
+    if busiest.empty:
+        return {}
+    return {
+        "first_step": start,
+        "above_twice": float((busiest > 2).mean()),
+        "busiest": float(busiest.max()),
+        "busiest_ten_steps": float(busiest.rolling(min(10, len(busiest))).mean().max()),
+        "idlest": float(idlest.min()),
+        "idle": int((idlest == 0).sum()),
+    }
+
+
+def _speed(
+    model: ModelConfig, config: TrainConfig, table: pd.DataFrame, device: torch.device, watts: float | None
+) -> dict[str, float]:
+    """tokens_per_s of the median step, its share of the device's peak, seconds of all steps, also of those before a
+    training was killed and resumed; energy_kwh of these seconds at the mean power since, where the machine tells it."""
     speed = float(table["tokens_per_s"].median())
+    seconds = float((table["tokens"] / table["tokens_per_s"]).sum())
     return {
         "tokens_per_s": speed,
         "share_of_peak": share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device),
-        "seconds": float((table["tokens"] / table["tokens_per_s"]).sum()),
+        "seconds": seconds,
+        **({} if watts is None else {"energy_kwh": watts * seconds / JOULES_PER_KWH}),
     }

@@ -16,7 +16,7 @@ def doctor(
     output: Annotated[Path | None, typer.Option(help="write the JSON into this file as well")] = None,
 ) -> None:
     """Is this machine ready? Ends with 1 when something fails, and says what to change."""
-    from pipelines.doctor import examine, show
+    from pipelines.machine.doctor import examine, show
 
     raise typer.Exit(show(examine(), as_json, output))
 
@@ -27,8 +27,8 @@ def audit(
     sbom: Annotated[Path | None, typer.Option(help="write a bill of materials (CycloneDX) into this file")] = None,
 ) -> None:
     """Is an NVIDIA part loaded or installed? Ends with 1 when one is."""
-    from pipelines import audit as audits
     from pipelines.params import UserError
+    from pipelines.trust import audit as audits
 
     if pid is None:
         __import__("torch")
@@ -38,7 +38,7 @@ def audit(
         raise UserError(f"{error}.") from None
     typer.echo(audits.as_json(found) if as_json else audits.sentence(found))
     if sbom:
-        from pipelines.sbom import write
+        from pipelines.trust.sbom import write
 
         typer.echo(f"sbom       {sbom}: {write(sbom, found)} distributions", err=True)
     raise typer.Exit(int(not found.free))
@@ -48,7 +48,8 @@ def passport() -> None:
     """Are the numbers of this device right? Compares them with the reference; ends with 1 when one is off."""
     from moe_kernels import device as devices
 
-    from pipelines import environment, stage
+    from pipelines import stage
+    from pipelines.machine import environment
     from pipelines.params import UserError
 
     device = devices.default()

@@ -54,8 +54,8 @@ def rollback(comment: Comment = "") -> None:
 
 def _await_server(record: dict[str, Any]) -> None:
     """Wait for the server of this repository to follow, where one runs."""
-    from pipelines.deploy import Target
-    from pipelines.endpoint import await_version
+    from pipelines.deployment.deploy import Target
+    from pipelines.deployment.endpoint import await_version
     from pipelines.register import CHAMPION
 
     seconds = await_version(Target(record["model"], CHAMPION), record["version"])

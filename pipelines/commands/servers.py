@@ -13,8 +13,8 @@ import typer
 from pipelines.commands import PARAMS
 
 if TYPE_CHECKING:
-    from pipelines.deploy import Model, Target
-    from pipelines.engines import Command
+    from pipelines.deployment.deploy import Model, Target
+    from pipelines.deployment.engines import Command
 
 Name = Annotated[str | None, typer.Argument(help="models:/NAME@alias; the champion of this repository without one")]
 Port = Annotated[int | None, typer.Option(help="params.yaml's when none is named")]
@@ -36,7 +36,7 @@ Kind = Annotated[
 
 def ui(port: int = 5000) -> None:
     """The MLflow server on 127.0.0.1, one worker; prints the address of the training view."""
-    from pipelines.endpoint import require_port
+    from pipelines.deployment.endpoint import require_port
     from pipelines.tracking import ui_address, ui_command
 
     require_port("127.0.0.1", port)
@@ -53,7 +53,7 @@ def serve(
     tokens: Tokens = None,
 ) -> None:
     """Serve a model in the foreground and follow its alias; Ctrl-C ends it."""
-    from pipelines import endpoint
+    from pipelines.deployment import endpoint
 
     where, port = _where(model, port)
     (command, environment, name), checked = _command(where, host, port, engine, tokens)
@@ -107,8 +107,9 @@ def usage(
 
 
 def _start(where: Target, host: str, port: int, engine: EngineName, tokens: Path | None) -> None:
-    from pipelines import endpoint, tracking
-    from pipelines.deploy import tag
+    from pipelines import tracking
+    from pipelines.deployment import endpoint
+    from pipelines.deployment.deploy import tag
 
     (command, environment, name), model = _command(where, host, port, engine, tokens)
     process = endpoint.start(command, environment)
@@ -125,7 +126,7 @@ def _start(where: Target, host: str, port: int, engine: EngineName, tokens: Path
 
 def _where(model: str | None, port: int | None) -> tuple[Target, int]:
     """(what to serve, on which port)"""
-    from pipelines.deploy import target
+    from pipelines.deployment.deploy import target
     from pipelines.params import load_params
 
     params = load_params(PARAMS)
@@ -136,8 +137,8 @@ def _command(
     where: Target, host: str, port: int, engine: EngineName, tokens: Path | None
 ) -> tuple[Command, Model | None]:
     """What starts the process that serves, where it can; and the checked model of an engine that checks none itself."""
-    from pipelines.endpoint import require_free
-    from pipelines.engines import ENGINES
+    from pipelines.deployment.endpoint import require_free
+    from pipelines.deployment.engines import ENGINES
     from pipelines.params import UserError
     from pipelines.serving.server import callers_of
 
@@ -150,14 +151,15 @@ def _command(
 
 
 def _prepare(where: Target) -> Model:
-    from pipelines import deploy, tracking
+    from pipelines import tracking
+    from pipelines.deployment import deploy
     from pipelines.params import load_params
 
     return deploy.prepare(tracking.connect(), where, load_params(PARAMS))
 
 
 def _write_vllm(where: Target, host: str, port: int) -> None:
-    from pipelines.engines import vllm_command, write_vllm
+    from pipelines.deployment.engines import vllm_command, write_vllm
 
     model = _prepare(where)
     file, versions = write_vllm(where, model, host, port)
@@ -171,7 +173,7 @@ def _write_vllm(where: Target, host: str, port: int) -> None:
 
 
 def _stop() -> int:
-    from pipelines import endpoint
+    from pipelines.deployment import endpoint
 
     state = endpoint.stop()
     typer.echo(
@@ -181,7 +183,7 @@ def _stop() -> int:
 
 
 def _status() -> int:
-    from pipelines import endpoint
+    from pipelines.deployment import endpoint
 
     state = endpoint.running()
     found = endpoint.health(state["address"]) if state else None

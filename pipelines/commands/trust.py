@@ -27,7 +27,8 @@ def review(
     import sys
     import webbrowser
 
-    from pipelines import decisions, project, tracking
+    from pipelines import project, tracking
+    from pipelines.trust import decisions
 
     found = project.review(version)
     if comment:
@@ -49,7 +50,7 @@ def why(
     Example: shovel why 3 --json
     """
     from pipelines import register, tracking
-    from pipelines.why import lines, story
+    from pipelines.trust.why import lines, story
 
     client = tracking.connect()
     found = register.find(client, _name(), version, (register.CHAMPION, register.CHALLENGER))
@@ -59,7 +60,7 @@ def why(
 
 def keys() -> None:
     """Make the key pair that signs: the private key stays in your home, the public one goes into reports/keys."""
-    from pipelines import keys as signing_keys
+    from pipelines.trust import keys as signing_keys
 
     key = signing_keys.make(REPORTS / signing_keys.FOLDER)
     typer.echo(f"private key  {signing_keys.private_file()}, mode 0600: keep a copy where only you can read it")
@@ -76,7 +77,7 @@ def verify(
     """
     from pipelines import register
     from pipelines.tracking import connect
-    from pipelines.verify import verify_anywhere
+    from pipelines.trust.verify import verify_anywhere
 
     client, name = connect(), _name()
     found = register.find(client, name, version, (register.CHAMPION, register.CHALLENGER))

@@ -22,7 +22,8 @@ from torch import Tensor
 from model import batch
 from model.batch import Batch, Reading, Sampler
 from model.transformer import MoETransformer
-from pipelines import environment, models, stage
+from pipelines import models, stage
+from pipelines.machine import environment
 from pipelines.params import Serve
 from pipelines.serving.prefixes import Prefixes
 from pipelines.serving.text import Answer, Text

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import digests, live, register, repository, stage, verify
+from pipelines import digests, live, register, repository, stage
 from pipelines.params import UserError, load_params
+from pipelines.trust import verify
 from pipelines.workbench import runs
 from pipelines.workbench.assistant import Model
 from pipelines.workbench.runs import Run

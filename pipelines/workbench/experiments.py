@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipelines import repository, tracking
 from pipelines.params import UserError
-from pipelines.workbench.compare import at_revision
+from pipelines.workbench.comparison import at_revision
 
 FIGURES = ("loss_last", "bits_per_byte", "assistant_perplexity", "tokens_per_s")
 COLUMNS = ["name", "kind", "created", "status", "commit", "overrides"]

@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 from shared_server import free_port
 from test_tracking import server as mlflow_server
 
-from pipelines import deploy, digests, tracking
+from pipelines import digests, tracking
+from pipelines.deployment import deploy
 from pipelines.params import UserError, load_params
 
 NAME, RELEASE = "shovel-demo", "data/models/release"

@@ -68,13 +68,15 @@ def test_the_rehearsal_promotes_and_rolls_back(executed) -> None:
 
 
 def test_an_error_is_one_sentence_that_names_the_cell(executed) -> None:
-    unknown = executed.run("python", "-m", "pipelines.notebooks", "07", check=False)
+    unknown = executed.run("python", "-m", "pipelines.notebooks.execute", "07", check=False)
     assert unknown.returncode == 2 and "choose one of 01_data" in unknown.stderr
     (executed.folder / "notebooks/07_broken.py").write_text("# %%\nx = 1\n\n# %%\nx / 0\n")
-    broken = executed.run("python", "-m", "pipelines.notebooks", "07_broken", check=False)
+    broken = executed.run("python", "-m", "pipelines.notebooks.execute", "07_broken", check=False)
     assert broken.returncode == 2 and "cell 2: ZeroDivisionError: division by zero" in broken.stderr
     (executed.folder / "notebooks/07_broken.py").unlink()
-    code = "import sys; sys.modules['jupytext'] = None; from pipelines import notebooks; notebooks.main('01_data')"
+    code = (
+        "import sys; sys.modules['jupytext'] = None; from pipelines.notebooks import execute; execute.main('01_data')"
+    )
     missing = executed.run("python", "-c", code, check=False)
     assert missing.returncode == 2 and missing.stderr.strip().endswith("`make lab` installs what notebooks need.")
 

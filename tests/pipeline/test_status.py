@@ -94,8 +94,8 @@ def test_exit_codes_are_those_that_the_help_names(
 
     monkeypatch.setattr("pipelines.workbench.overview.overview", interrupted)
     assert shovel("status")[0] == 130
-    monkeypatch.setattr("pipelines.audit.audit", lambda pid: type("Found", (), {"free": False})())
-    monkeypatch.setattr("pipelines.audit.sentence", lambda found: "an NVIDIA part is loaded")
+    monkeypatch.setattr("pipelines.trust.audit.audit", lambda pid: type("Found", (), {"free": False})())
+    monkeypatch.setattr("pipelines.trust.audit.sentence", lambda found: "an NVIDIA part is loaded")
     assert shovel("audit", "--pid", "1")[0] == 1
 
 

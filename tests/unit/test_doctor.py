@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import doctor
 from pipelines.cli import app
-from pipelines.doctor import FAIL, OK, WARN, Chip, Line
+from pipelines.machine import doctor
+from pipelines.machine.doctor import FAIL, OK, WARN, Chip, Line
 
 ROOT = Path(__file__).parents[2]
 SMI = """
@@ -30,7 +30,7 @@ SMI = """
 
 
 def test_chips_are_read_from_npu_smi() -> None:
-    assert doctor.parse_chips(SMI) == [Chip(0, "910B3", "OK", 65536), Chip(1, "910B3", "Alarm", 65536)]
+    assert doctor.parse_chips(SMI) == [Chip(0, "910B3", "OK", 65536, 93.6), Chip(1, "910B3", "Alarm", 65536, 91.2)]
     assert doctor.driver(True, SMI) == Line("driver", OK, "24.1.rc3")
 
 
@@ -73,6 +73,26 @@ def test_cann_is_found_by_its_version_file(tmp_path: Path) -> None:
     assert doctor.cann(True, here) == Line("cann", OK, "8.5.0")
 
 
+def test_an_emulated_npu_takes_the_place_of_driver_and_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"LD_LIBRARY_PATH": f"{tmp_path}:/elsewhere"}
+    assert doctor.emulator(here) is None and doctor.emulator({}) is None
+    (tmp_path / "libascendcl.so").write_bytes(b"CANN itself")
+    assert doctor.emulator(here) is None
+    (tmp_path / "libascendcl.so").write_bytes(b"\0fakecannVersion\0")
+    assert doctor.emulator(here) == tmp_path
+    monkeypatch.setattr(doctor, "installed", {"torch": "2.13.0", "torch-npu": "2.13.0"}.get)
+    found = {line.part: line for line in doctor.examine(environment=here)}
+    assert "emulated on the CPU" in found["npu"].found and found["torch_npu"].state == OK and "driver" not in found
+    monkeypatch.setattr(doctor, "installed", {"torch": "2.13.0"}.get)
+    found = {line.part: line for line in doctor.examine(environment=here)}
+    assert "no torch_npu, so the CPU trains" in found["npu"].found and found["torch_npu"].state == OK
+
+
+def test_torch_npu_without_cann_is_a_fail() -> None:
+    line = doctor.torch_npu(False, "2.13.0", "2.13.0", None)
+    assert line.state == FAIL and "import torch" in line.found and "make test-npu" in line.mend
+
+
 def test_settings_that_slow_or_break_training_are_named() -> None:
     assert [line.state for line in doctor.settings(True, {})] == [OK]
     odd = {"ASCEND_LAUNCH_BLOCKING": "1", "HCCL_CONNECT_TIMEOUT": "30", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -106,7 +126,7 @@ def test_the_command_is_the_same_table() -> None:
 
 def test_it_works_with_nothing_installed() -> None:
     """Without site-packages every package fails, by name, with the line that installs it."""
-    command = [sys.executable, "-S", "-m", "pipelines.doctor", "--json"]
+    command = [sys.executable, "-S", "-m", "pipelines.machine.doctor", "--json"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     torch = next(line for line in json.loads(done.stdout) if line["part"] == "torch")

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from pipelines import keys, statement
 from pipelines.params import UserError
+from pipelines.trust import keys, statement
 
 CONTENT = {
     "_type": statement.STATEMENT_TYPE,
