@@ -131,7 +131,7 @@ def attention_inputs(
 @pytest.mark.parametrize(
     "shape",
     [(2, 512, 4, 64, 128, 64), (1, 5, 3, 7, 2, 4), (2, 33, 2, 20, 0, 16), (3, 100, 5, 24, 37, 8), (2, 1, 4, 8, 1, 16),
-     (1, 600, 64, 16, 33, 128)],
+     (1, 600, 64, 16, 33, 128), (2, 70, 3, 9, 21, 5)],
     ids=str,
 )  # fmt: skip
 def test_window_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -2,11 +2,13 @@
 //
 // Shapes: B rows, S queries, T keys (the queries are the last S), H heads, D query and key channels, C value channels.
 //
-// A row's head is the unit of work of a thread. It turns its keys and values to fp32 once, and takes some neighbouring
-// queries at a time with the keys from the first one that any of them sees: earlier documents and the future cost
-// nothing. Logits of a tile (36 rows of 512, 74 kB) stay in the second cache, as do the unit's keys, values and their
-// gradients (400 kB of 512 tokens, D = 48). Cost of a query with K keys: 2 K (D + C) FLOP forwards, 2 K (3 D + 2 C)
-// backwards in fp32, which is the limit; from memory come 2 (D + C) numbers a token each way.
+// A row's head is the unit of work of a thread. It lays its keys and values out for products once, and takes some
+// neighbouring queries at a time with the keys from the first one that any of them sees: earlier documents and the
+// future cost nothing. Logits of a tile (36 rows of 512, 74 kB) stay in the second cache, as do the unit's keys, values
+// and their gradients (400 kB of 512 tokens, D = 48). Cost of a query with K keys: 2 K (D + C) FLOP forwards,
+// 2 K (3 D + 2 C) backwards, which is the limit, and an exponential a key; from memory come 2 (D + C) numbers a token
+// each way. Products are those of the element type with sums in fp32; in bfloat16 probabilities and their gradients are
+// rounded before they are multiplied.
 //
 // Kept for the backward pass: the logarithm of each softmax's sum.
 #include "attention.h"
@@ -25,9 +27,9 @@ struct Sizes {
   int64_t past() const { return keys - queries; }
 };
 
-// The first key of each token's document: tokens see each other where it is the same one. [B, T]
+// The first key of each token's document: tokens see each other where it is the same one. [B, T], then W more.
 std::vector<int32_t> first_keys(const Sizes& z, const std::optional<Tensor>& documents) {
-  std::vector<int32_t> first(z.rows * z.keys);
+  std::vector<int32_t> first(z.rows * z.keys + W);
   if (!documents) return first;
   const auto* ids = static_cast<const int64_t*>(documents->const_data_ptr());
   for (int64_t b = 0; b < z.rows; b++)
@@ -41,33 +43,43 @@ std::vector<int32_t> first_keys(const Sizes& z, const std::optional<Tensor>& doc
 // Some neighbouring queries of one head, and the keys from the first that one of them sees to the last.
 struct Tile {
   int64_t query, count, begin, seen, columns;
-  std::vector<float> mask;  // [count, columns]: 0 or HIDDEN
+  const int32_t *first, *own;  // the first key of the document of each key from `begin` on, and of each query
 
-  Tile(const Sizes& z, const int32_t* first, int64_t query) : query(query), count(std::min(z.tile, z.queries - query)) {
-    const int32_t* own = first + z.past() + query;
-    begin = *std::min_element(own, own + count);
+  Tile(const Sizes& z, const int32_t* all, int64_t query)
+      : query(query), count(std::min(z.tile, z.queries - query)), own(all + z.past() + query) {
+    begin = *std::min_element(own, own + count) / 2 * 2;  // pairs of keys begin at even ones
     seen = z.past() + query + count - begin;
     columns = parts(seen, W) * W;
-    mask.assign(count * columns, HIDDEN);
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t k = 0; k < seen - count + i + 1; k++)
-        mask[i * columns + k] = first[begin + k] == own[i] ? 0.0f : HIDDEN;
+    first = all + begin;
   }
 
-  // to [count, columns] = a times the keys (or values) across.
-  void times(const Turned& keys, const float* a, float* to) const {
-    multiply(count, columns, keys.width, {a, keys.width}, keys.across.data() + begin, keys.row, to, columns, false);
+  // What query i does not see of W keys.
+  auto hidden(int64_t i) const {
+    const I document = I{} + own[i], end = I{} + int32_t(seen - count + i + 1);
+    return [this, document, end](int64_t k) {
+      I firsts;
+      std::memcpy(&firsts, first + k, sizeof firsts);
+      return firsts == document & COUNT + int32_t(k) < end ? V{} : splat(HIDDEN);
+    };
   }
 
-  // to [count, width] = a [count, columns] times the values (or keys) as they are.
-  void weigh(const Turned& values, const float* a, float* to) const {
-    multiply(count, values.width, seen, {a, columns}, values.as_is.data() + begin * values.width, values.width, to,
-             values.width, false);
+  // to [count, columns] = rows times the keys (or values) across.
+  template <class T>
+  void times(const Turned<T>& keys, Rows<T>& rows, float* to) const {
+    multiply(count, columns, rows.row, rows.from(0), keys.across.data() + begin, keys.row, to, columns, false);
   }
 
-  // to [keys, width] += a [count, columns] transposed times rows [count, width].
-  void add_to_keys(const float* a, const float* rows, int64_t width, float* to) const {
-    multiply(seen, width, count, {a, 1, columns}, rows, width, to + begin * width, width, true);
+  // to [count, width] = p [count, columns] times the values (or keys).
+  template <class T>
+  void weigh(const Turned<T>& values, Rows<T>& p, float* to) const {
+    multiply(count, values.width, elements<T>(seen), p.from(0),
+             values.down.data() + elements<T>(begin) * values.width, values.width, to, values.width, false);
+  }
+
+  // to [keys, width] += p [count, columns] transposed times rows [count, width].
+  template <class T>
+  void add_to_keys(const Down<T>& p, const Down<T>& rows, int64_t width, float* to) const {
+    multiply(seen, width, elements<T>(count), p.transposed(), rows.data, rows.row, to + begin * width, width, true);
   }
 };
 
@@ -81,18 +93,17 @@ struct Head {
 };
 
 template <class T>
-void attend(const Sizes& z, const Tile& tile, const Turned& keys, const Turned& values, const T* q, float scale, T* out,
-            float* log_sums) {
-  std::vector<float> query(tile.count * z.width), p(tile.count * tile.columns), result(tile.count * z.values);
+void attend(const Sizes& z, const Tile& tile, const Turned<T>& keys, const Turned<T>& values, const T* q, float scale,
+            Room<T>& room, T* out, float* log_sums) {
+  room.query.take(q + tile.query * z.heads * z.width, tile.count, z.heads * z.width);
+  room.p.reshape(tile.columns);
+  tile.times(keys, room.query, room.logits.data());
   for (int64_t i = 0; i < tile.count; i++)
-    scaled(q + (tile.query + i) * z.heads * z.width, z.width, scale, query.data() + i * z.width);
-  tile.times(keys, query.data(), p.data());
+    log_sums[tile.query + i] = softmax(room.logits.data() + i * tile.columns, tile.columns, scale, HIDDEN,
+                                       tile.hidden(i), room.p.at(i));
+  tile.weigh(values, room.p, room.result.data());
   for (int64_t i = 0; i < tile.count; i++)
-    log_sums[tile.query + i] =
-        softmax(p.data() + i * tile.columns, tile.mask.data() + i * tile.columns, tile.columns, HIDDEN);
-  tile.weigh(values, p.data(), result.data());
-  for (int64_t i = 0; i < tile.count; i++)
-    copy(result.data() + i * z.values, z.values, out + (tile.query + i) * z.heads * z.values);
+    copy(room.result.data() + i * z.values, z.values, out + (tile.query + i) * z.heads * z.values);
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
@@ -107,13 +118,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     auto from = [](const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); };
     T* to = static_cast<T*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, z.rows * z.heads, 1, [&](int64_t begin, int64_t end) {
+      Room<T> room(z.tile, parts(z.keys + 1, W) * W, z.width, z.values, false);
       for (int64_t unit = begin; unit < end; unit++) {
         const Head own(z, unit);
-        const Turned keys(from(k) + own.at(z, z.keys, z.width), z.keys, z.width, z.heads * z.width);
-        const Turned values(from(v) + own.at(z, z.keys, z.values), z.keys, z.values, z.heads * z.values);
+        const Turned<T> keys(from(k) + own.at(z, z.keys, z.width), z.keys, z.width, z.heads * z.width);
+        const Turned<T> values(from(v) + own.at(z, z.keys, z.values), z.keys, z.values, z.heads * z.values);
         for (int64_t query = 0; query < z.queries; query += z.tile)
           attend(z, Tile(z, first.data() + own.row * z.keys, query), keys, values,
-                 from(q) + own.at(z, z.queries, z.width), scale, to + own.at(z, z.queries, z.values),
+                 from(q) + own.at(z, z.queries, z.width), scale, room, to + own.at(z, z.queries, z.values),
                  to_sums + unit * z.queries);
       }
     });
@@ -122,26 +134,22 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 }
 
 template <class T>
-void attend_backward(const Sizes& z, const Tile& tile, const Turned& keys, const Turned& values, const T* d_out,
-                     const T* q, float scale, const float* log_sums, T* d_q, float* d_k, float* d_v) {
-  const int64_t size = tile.count * tile.columns;
-  std::vector<float> query(tile.count * z.width), grad(tile.count * z.values), p(size), d_p(size), result(query.size());
-  for (int64_t i = 0; i < tile.count; i++) {
-    scaled(q + (tile.query + i) * z.heads * z.width, z.width, scale, query.data() + i * z.width);
-    copy(d_out + (tile.query + i) * z.heads * z.values, z.values, grad.data() + i * z.values);
-  }
-  tile.times(keys, query.data(), p.data());
-  tile.times(values, grad.data(), d_p.data());
+void attend_backward(const Sizes& z, const Tile& tile, const Turned<T>& keys, const Turned<T>& values, const T* d_out,
+                     const T* q, float scale, const float* log_sums, Room<T>& room, T* d_q, float* d_k, float* d_v) {
+  room.query.take(q + tile.query * z.heads * z.width, tile.count, z.heads * z.width);
+  room.grad.take(d_out + tile.query * z.heads * z.values, tile.count, z.heads * z.values);
+  room.p.reshape(tile.columns), room.d_p.reshape(tile.columns);
+  tile.times(keys, room.query, room.logits.data());
+  tile.times(values, room.grad, room.d_logits.data());
   for (int64_t i = 0; i < tile.count; i++)
-    softmax_backward(p.data() + i * tile.columns, d_p.data() + i * tile.columns, tile.mask.data() + i * tile.columns,
-                     tile.columns, log_sums[tile.query + i]);
-  tile.weigh(keys, d_p.data(), result.data());
-  for (int64_t i = 0; i < tile.count; i++) {
-    scaled(result.data() + i * z.width, z.width, scale, result.data() + i * z.width);
-    copy(result.data() + i * z.width, z.width, d_q + (tile.query + i) * z.heads * z.width);
-  }
-  tile.add_to_keys(d_p.data(), query.data(), z.width, d_k);
-  tile.add_to_keys(p.data(), grad.data(), z.values, d_v);
+    softmax_backward(room.logits.data() + i * tile.columns, room.d_logits.data() + i * tile.columns, tile.columns,
+                     scale, log_sums[tile.query + i], tile.hidden(i), room.p.at(i), room.d_p.at(i));
+  tile.weigh(keys, room.d_p, room.result.data());
+  for (int64_t i = 0; i < tile.count; i++)
+    copy(room.result.data() + i * z.width, z.width, d_q + (tile.query + i) * z.heads * z.width);
+  const Down<T> query(room.query, tile.count, room.turned[0]), grad(room.grad, tile.count, room.turned[1]);
+  tile.add_to_keys(Down<T>(room.d_p, tile.count, room.turned[2]), query, z.width, d_k);
+  tile.add_to_keys(Down<T>(room.p, tile.count, room.turned[3]), grad, z.values, d_v);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k,
@@ -156,16 +164,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
     T *to_q = static_cast<T*>(d_q.mutable_data_ptr()), *to_k = static_cast<T*>(d_k.mutable_data_ptr()),
       *to_v = static_cast<T*>(d_v.mutable_data_ptr());
     torch::stable::parallel_for(0, z.rows * z.heads, 1, [&](int64_t begin, int64_t end) {
+      Room<T> room(z.tile, parts(z.keys + 1, W) * W, z.width, z.values, true);
       for (int64_t unit = begin; unit < end; unit++) {
         const Head own(z, unit);
         const int64_t key = own.at(z, z.keys, z.width), value = own.at(z, z.keys, z.values);
         const int64_t query_at = own.at(z, z.queries, z.width), out_at = own.at(z, z.queries, z.values);
-        const Turned keys(from(k) + key, z.keys, z.width, z.heads * z.width);
-        const Turned values(from(v) + value, z.keys, z.values, z.heads * z.values);
+        const Turned<T> keys(from(k) + key, z.keys, z.width, z.heads * z.width);
+        const Turned<T> values(from(v) + value, z.keys, z.values, z.heads * z.values);
         std::vector<float> to_keys(z.keys * z.width), to_values(z.keys * z.values);
         for (int64_t query = 0; query < z.queries; query += z.tile)
           attend_backward(z, Tile(z, first.data() + own.row * z.keys, query), keys, values, from(d_out) + out_at,
-                          from(q) + query_at, scale, floats(log_sums) + unit * z.queries, to_q + query_at,
+                          from(q) + query_at, scale, floats(log_sums) + unit * z.queries, room, to_q + query_at,
                           to_keys.data(), to_values.data());
         for (int64_t t = 0; t < z.keys; t++) {
           copy(to_keys.data() + t * z.width, z.width, to_k + key + t * z.heads * z.width);

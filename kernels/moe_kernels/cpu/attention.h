@@ -1,4 +1,4 @@
-// What both attentions share: keys as they are and transposed, and a row of logits to probabilities and back.
+// What both attentions share: keys and values laid out for products, and a row of logits to probabilities and back.
 #pragma once
 
 #include "multiply.h"
@@ -7,34 +7,28 @@ namespace {
 
 constexpr float HIDDEN = -1e30f;  // added to the logit of a key that is not seen
 
-// `count` rows of `width` numbers, `stride` apart, in fp32: as they are, and transposed with zeros behind each row.
+// `count` rows of `width` numbers, `stride` apart: for sums over rows, and transposed with zeros behind each row.
+template <class T>
 struct Turned {
-  std::vector<float> as_is, across;
+  std::vector<Element<T>> down, across;
   int64_t width, row;
 
   // Rows are as long as it takes, and of an odd number of vectors: rows of 2^n bytes would share few places in a cache.
-  template <class T>
   Turned(const T* from, int64_t count, int64_t width, int64_t stride)
-      : as_is(count * width), width(width), row((parts(count, W) + 1 | 1) * W) {
-    across.assign(width * row, 0.0f);
-    for (int64_t k = 0; k < count; k++) {
-      copy(from + k * stride, width, as_is.data() + k * width);
-      for (int64_t d = 0; d < width; d++) across[d * row + k] = as_is[k * width + d];
-    }
+      : down(elements<T>(count) * width), across(elements<T>(width) * apart(count + W)), width(width),
+        row(apart(count + W)) {
+    lay_down(from, count, width, stride, down.data(), width);
+    lay_across(from, count, width, stride, across.data(), row);
   }
 };
 
-template <class T>
-void scaled(const T* from, int64_t count, float scale, float* to) {
-  copy(from, count, to);
-  for (int64_t i = 0; i < count; i++) to[i] *= scale;
-}
-
-// Logits of a row to probabilities, the sink's among them; returns the logarithm of the sum.
-inline float softmax(float* row, const float* mask, int64_t columns, float sink) {
+// Logits of a row, `scale` times what it holds, to probabilities, the sink's among them; returns the logarithm of the
+// sum. hidden(k): 0 or HIDDEN for W columns.
+template <class T, class Hidden>
+inline float softmax(float* row, int64_t columns, float scale, float sink, const Hidden& hidden, T* to) {
   V top = splat(sink), total{};
   for (int64_t k = 0; k < columns; k += W) {
-    const V logit = load(row + k) + load(mask + k);
+    const V logit = load(row + k) * scale + hidden(k);
     store(row + k, logit);
     top = logit > top ? logit : top;
   }
@@ -47,21 +41,41 @@ inline float softmax(float* row, const float* mask, int64_t columns, float sink)
     total += p;
   }
   const float all = sum(total) + exp(splat(sink - most))[0], inverse = 1.0f / all;
-  for (int64_t k = 0; k < columns; k += W) store(row + k, load(row + k) * inverse);
+  for (int64_t k = 0; k < columns; k += W) store(to + k, load(row + k) * inverse);
   return most + __builtin_logf(all);
 }
 
-// Logits to probabilities again, their gradients to those of the logits; returns the mean gradient, which the sink has.
-inline float softmax_backward(float* row, float* grad, const float* mask, int64_t columns, float log_sum) {
+// From what `softmax` got: probabilities again, and from their gradients those of the products before the scale;
+// returns the mean gradient, which the sink has.
+template <class T, class Hidden>
+inline float softmax_backward(float* row, const float* grad, int64_t columns, float scale, float log_sum,
+                              const Hidden& hidden, T* to, T* to_grad) {
   V meet{};
   for (int64_t k = 0; k < columns; k += W) {
-    const V p = exp(load(row + k) + load(mask + k) - log_sum);
+    const V p = exp(load(row + k) * scale + hidden(k) - log_sum);
     store(row + k, p);
     meet += p * load(grad + k);
   }
   const float mean = sum(meet);
-  for (int64_t k = 0; k < columns; k += W) store(grad + k, load(row + k) * (load(grad + k) - mean));
+  for (int64_t k = 0; k < columns; k += W) {
+    const V p = load(row + k);
+    store(to_grad + k, p * (load(grad + k) - mean) * scale);
+    store(to + k, p);
+  }
   return mean;
 }
+
+// What a thread needs for one tile after the other: queries and gradients, probabilities and their gradients.
+template <class T>
+struct Room {
+  Tiles tiles;
+  Rows<T> query, grad, p, d_p;
+  std::vector<float> logits, d_logits, result;
+  std::vector<Element<T>> turned[4];
+
+  Room(int64_t rows, int64_t columns, int64_t width, int64_t values, bool backward)
+      : query(rows, width), grad(backward ? rows : 0, values), p(rows, columns), d_p(backward ? rows : 0, columns),
+        logits(rows * columns), d_logits(backward ? rows * columns : 0), result(rows * std::max(width, values)) {}
+};
 
 }  // namespace

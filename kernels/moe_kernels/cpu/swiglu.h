@@ -14,8 +14,8 @@ inline float limit_of(const std::optional<double>& limit) { return limit ? float
 inline V cut(V x, float low, float high) { return x > high ? splat(high) : (x < low ? splat(low) : x); }
 
 // out = scale silu(gate) up, the gate cut above the limit and up on both sides.
-template <class T>
-inline void swiglu_row(const T* gate, const T* up, int64_t width, float limit, float scale, T* out) {
+template <class T, class To>
+inline void swiglu_row(const T* gate, const T* up, int64_t width, float limit, float scale, To* out) {
   along(width, [&](int64_t at, auto get, auto put) {
     const V g = cut(get(gate + at), -UNLIMITED, limit), u = cut(get(up + at), -limit, limit);
     put(out + at, scale * g * sigmoid(g) * u);
@@ -24,8 +24,8 @@ inline void swiglu_row(const T* gate, const T* up, int64_t width, float limit, f
 
 // From grad, of the output without the scale's part in it: d_gate, d_up, and the sum of grad silu(gate) up.
 // A value that was cut has no gradient; one exactly at the limit has, or not where `strict`.
-template <bool strict, class T>
-inline float swiglu_row_backward(const T* gate, const T* up, const T* grad, int64_t width, float limit, float scale,
+template <bool strict, class T, class From>
+inline float swiglu_row_backward(const T* gate, const T* up, const From* grad, int64_t width, float limit, float scale,
                                  T* d_gate, T* d_up) {
   V total{};
   along(width, [&](int64_t at, auto get, auto put) {

@@ -74,6 +74,16 @@ inline V load(const Bits* from, int64_t count = W) {
   return widen(halves);
 }
 
+inline Words load(const uint32_t* from, int64_t count = W) {
+  Words words{};
+  std::memcpy(&words, from, count == W ? sizeof words : sizeof(uint32_t) * std::min<int64_t>(count, W));
+  return words;
+}
+
+inline void store(uint32_t* to, Words words, int64_t count = W) {
+  std::memcpy(to, &words, count == W ? sizeof words : sizeof(uint32_t) * std::min<int64_t>(count, W));
+}
+
 inline void store(float* to, V v, int64_t count = W) {
   std::memcpy(to, &v, count == W ? sizeof v : sizeof(float) * std::min<int64_t>(count, W));
 }
@@ -82,6 +92,13 @@ inline void store(Bits* to, V v, int64_t count = W) {
   const Halves halves = narrow(v);
   std::memcpy(to, &halves, count == W ? sizeof halves : sizeof(Bits) * std::min<int64_t>(count, W));
 }
+
+// 0, 1, 2, ...
+const I COUNT = [] {
+  I count;
+  for (int i = 0; i < W; i++) count[i] = i;
+  return count;
+}();
 
 inline V splat(float x) { return V{} + x; }
 
@@ -123,9 +140,9 @@ template <class Step>
 inline void along(int64_t length, const Step& step) {
   int64_t at = 0;
   for (; at + W <= length; at += W)
-    step(at, [](const auto* p) { return load(p); }, [](auto* p, V v) { store(p, v); });
+    step(at, [](const auto* p) { return load(p); }, [](auto* p, auto v) { store(p, v); });
   if (const int64_t left = length - at)
-    step(at, [left](const auto* p) { return load(p, left); }, [left](auto* p, V v) { store(p, v, left); });
+    step(at, [left](const auto* p) { return load(p, left); }, [left](auto* p, auto v) { store(p, v, left); });
 }
 
 // Dot products of TILE rows with TILE rows.

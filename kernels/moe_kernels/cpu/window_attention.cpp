@@ -7,7 +7,9 @@
 // last that one of its tokens may see, and with the groups of entries in which one of them sees one: what lies in the
 // future, in other documents or was not chosen costs nothing but a look at its mask. Logits of a tile (32 rows of 200,
 // 25 kB) never leave the caches. Cost of a token and head with K keys and entries: 4 K D FLOP forwards, 10 K D
-// backwards in fp32, which is the limit; from memory come 2 D numbers a token and head, and D a key.
+// backwards, which is the limit, and an exponential; from memory come 2 D numbers a token and head, and D a key.
+// Products are those of the element type with sums in fp32; in bfloat16 probabilities and their gradients are rounded
+// before they are multiplied.
 //
 // Kept for the backward pass: the logarithm of each softmax's sum. Rows are cut into at most 8 segments by S and the
 // window alone; what they add to keys, entries and sinks is summed in the order of segments.
@@ -26,24 +28,31 @@ struct Sizes {
     segment = parts(std::max(SEGMENT, parts(length, SEGMENTS)), window) * window;
     segments = std::max<int64_t>(1, parts(length, segment));
   }
+
+  float scale() const { return 1.0f / __builtin_sqrtf(width); }
+
+  // Of a tile at most: whole vectors for the window, a key before it, and for any runs of entries.
+  int64_t columns() const { return parts(2 * window + 1, W) * W + parts(entries, W) * W; }
 };
 
 // A segment's keys with the window before it, and all entries of its row.
+template <class T>
 struct Keys {
   int64_t first;
-  Turned near, far;
+  Turned<T> near, far;
 
-  template <class T>
   Keys(const Sizes& z, const T* kv, const T* entries, int64_t begin, int64_t end)
       : first(std::max<int64_t>(begin - z.window, 0)),
         near(kv + first * z.width, end - first, z.width, z.width), far(entries, z.entries, z.width, z.width) {}
 
-  const Turned& of(bool is_near) const { return is_near ? near : far; }
+  const Turned<T>& of(bool is_near) const { return is_near ? near : far; }
 
-  const float* across(bool is_near, int64_t at) const { return of(is_near).across.data() + (is_near ? at - first : at); }
+  const Element<T>* across(bool is_near, int64_t at) const {
+    return of(is_near).across.data() + (is_near ? at - first : at);
+  }
 
-  const float* values(bool is_near, int64_t at) const {
-    return of(is_near).as_is.data() + (is_near ? at - first : at) * near.width;
+  const Element<T>* values(bool is_near, int64_t at) const {
+    return of(is_near).down.data() + elements<T>(is_near ? at - first : at) * near.width;
   }
 };
 
@@ -64,7 +73,8 @@ struct Tile {
     columns += runs.back().padded;
   }
 
-  Tile(const Sizes& z, int64_t token, int64_t tokens, const bool* allowed, const bool* visible)
+  // first_key: of the segment, from which pairs of keys are counted.
+  Tile(const Sizes& z, int64_t token, int64_t tokens, int64_t first_key, const bool* allowed, const bool* visible)
       : token(token), tokens(tokens), rows(tokens * z.heads) {
     const int64_t base = token / z.window * z.window - z.window;
     int64_t first = 2 * z.window, last = -1;
@@ -72,7 +82,8 @@ struct Tile {
       for (int64_t j = 0; j < 2 * z.window; j++)
         if (allowed[(token + t) * 2 * z.window + j]) first = std::min(first, j), last = std::max(last, j);
     first = std::max(first, -base), last = std::min(last, z.length - 1 - base);
-    if (first <= last) add(true, base + first, last - first + 1);
+    const int64_t odd = (base + first - first_key) % 2;
+    if (first <= last) add(true, base + first - odd, last - first + 1 + odd);
     find_entries(z, visible);
     fill_mask(z, base, allowed, visible);
   }
@@ -96,59 +107,69 @@ struct Tile {
       for (int64_t t = 0; t < tokens; t++) {
         const bool* sees = run.near ? allowed + (token + t) * 2 * z.window + run.first - base
                                     : visible + (token + t) * z.entries + run.first;
-        for (int64_t k = 0; k < run.count; k++)
+        for (int64_t k = run.near ? std::max<int64_t>(base - run.first, 0) : 0; k < run.count; k++)
           if (sees[k]) mask[t * columns + run.column + k] = 0.0f;
       }
   }
 
-  // to [rows, columns] = a [rows, D] times all keys.
-  void times_keys(const Sizes& z, const Keys& keys, const float* a, float* to) const {
-    for (const Run& run : runs)
-      multiply(rows, run.padded, z.width, {a, z.width}, keys.across(run.near, run.first),
-               keys.of(run.near).row, to + run.column, columns, false);
+  // What token t does not see of W columns.
+  auto hidden(int64_t t) const {
+    return [row = mask.data() + t * columns](int64_t k) { return load(row + k); };
   }
 
-  // to [rows, D] = a [rows, columns] times all values.
-  void times_values(const Sizes& z, const Keys& keys, const float* a, float* to) const {
-    std::fill_n(to, rows * z.width, 0.0f);
+  // to [rows, columns] = queries [rows, D] times all keys.
+  template <class T>
+  void times_keys(const Sizes& z, const Keys<T>& keys, Rows<T>& a, float* to) const {
     for (const Run& run : runs)
-      multiply(rows, z.width, run.count, {a + run.column, columns}, keys.values(run.near, run.first), z.width, to,
-               z.width, true);
+      multiply(rows, run.padded, a.row, a.from(0), keys.across(run.near, run.first), keys.of(run.near).row,
+               to + run.column, columns, false);
+  }
+
+  // to [rows, D] = p [rows, columns] times all values.
+  template <class T>
+  void times_values(const Sizes& z, const Keys<T>& keys, Rows<T>& p, float* to) const {
+    if (runs.empty()) std::fill_n(to, rows * z.width, 0.0f);
+    for (const Run& run : runs)
+      multiply(rows, z.width, elements<T>(run.count), p.from(0, run.column), keys.values(run.near, run.first), z.width,
+               to, z.width, &run != runs.data());
   }
 };
 
 // Tiles of the tokens from begin to end, none across the border of a chunk.
 template <class F>
-void tiles(const Sizes& z, int64_t begin, int64_t end, const bool* allowed, const bool* visible, const F& f) {
+void tiles(const Sizes& z, int64_t begin, int64_t end, int64_t first_key, const bool* allowed, const bool* visible,
+           const F& f) {
   for (int64_t t = begin; t < end;) {
     const int64_t count = std::min({z.tile, end - t, (t / z.window + 1) * z.window - t});
-    f(Tile(z, t, count, allowed, visible));
+    f(Tile(z, t, count, first_key, allowed, visible));
     t += count;
   }
 }
 
 // Attention that each entry got from each token of the tile, over its heads.
-void add_mass(const Sizes& z, const Tile& tile, const float* p, float* mass) {
+template <class T>
+void add_mass(const Sizes& z, const Tile& tile, Rows<T>& p, float* mass) {
   for (const Run& run : tile.runs)
     for (int64_t r = 0; r < (run.near ? 0 : tile.rows); r++) {
       float* to = mass + (tile.token + r / z.heads) * z.entries + run.first;
-      for (int64_t k = 0; k < run.count; k++) to[k] += p[r * tile.columns + run.column + k];
+      const T* from = p.at(r) + run.column;
+      along(run.count, [&](int64_t k, auto get, auto put) { put(to + k, get(to + k) + get(from + k)); });
     }
 }
 
 template <class T>
-void attend(const Sizes& z, const Tile& tile, const Keys& keys, const T* q, const float* sinks, T* out, float* mass,
-            float* log_sums) {
-  const int64_t size = tile.rows * z.width, row = tile.token * z.heads;
-  std::vector<float> query(size), p(tile.rows * tile.columns), result(size);
-  scaled(q + row * z.width, size, 1.0f / __builtin_sqrtf(z.width), query.data());
-  tile.times_keys(z, keys, query.data(), p.data());
+void attend(const Sizes& z, const Tile& tile, const Keys<T>& keys, const T* q, const float* sinks, Room<T>& room,
+            T* out, float* mass, float* log_sums) {
+  const int64_t row = tile.token * z.heads;
+  room.query.take(q + row * z.width, tile.rows, z.width);
+  room.p.reshape(tile.columns);
+  tile.times_keys(z, keys, room.query, room.logits.data());
   for (int64_t r = 0; r < tile.rows; r++)
-    log_sums[row + r] = softmax(p.data() + r * tile.columns, tile.mask.data() + r / z.heads * tile.columns,
-                                tile.columns, sinks[r % z.heads]);
-  tile.times_values(z, keys, p.data(), result.data());
-  copy(result.data(), size, out + row * z.width);
-  add_mass(z, tile, p.data(), mass);
+    log_sums[row + r] = softmax(room.logits.data() + r * tile.columns, tile.columns, z.scale(), sinks[r % z.heads],
+                                tile.hidden(r / z.heads), room.p.at(r));
+  tile.times_values(z, keys, room.p, room.result.data());
+  copy(room.result.data(), tile.rows * z.width, out + row * z.width);
+  add_mass(z, tile, room.p, mass);
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_attention(const Tensor& q, const Tensor& kv, const Tensor& entries,
@@ -167,13 +188,14 @@ std::tuple<Tensor, Tensor, Tensor> window_attention(const Tensor& q, const Tenso
             *packed = static_cast<const T*>(entries.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, z.rows * z.segments, 1, [&](int64_t first, int64_t last) {
+      Room<T> room(z.tile * z.heads, z.columns(), z.width, z.width, false);
       for (int64_t part = first; part < last; part++) {
         const int64_t b = part / z.segments, begin = part % z.segments * z.segment, row = b * z.length * z.heads;
         const int64_t end = std::min(begin + z.segment, z.length);
-        const Keys keys(z, raw + b * z.length * z.width, packed + b * z.entries * z.width, begin, end);
-        tiles(z, begin, end, near + b * near_row, far + b * z.length * z.entries,
+        const Keys<T> keys(z, raw + b * z.length * z.width, packed + b * z.entries * z.width, begin, end);
+        tiles(z, begin, end, keys.first, near + b * near_row, far + b * z.length * z.entries,
               [&](const Tile& tile) {
-                attend(z, tile, keys, queries + row * z.width, floats(sinks), to + row * z.width,
+                attend(z, tile, keys, queries + row * z.width, floats(sinks), room, to + row * z.width,
                        to_mass + b * z.length * z.entries, to_sums + row);
               });
       }
@@ -189,28 +211,29 @@ struct Added {
 };
 
 template <class T>
-void attend_backward(const Sizes& z, const Tile& tile, const Keys& keys, const T* d_out, const T* q,
-                     const float* sinks, const float* log_sums, T* d_q, const Added& added) {
-  const int64_t size = tile.rows * z.width, row = tile.token * z.heads, columns = tile.columns;
-  const float scale = 1.0f / __builtin_sqrtf(z.width);
-  std::vector<float> query(size), grad(size), p(tile.rows * columns), d_p(tile.rows * columns), result(size);
-  scaled(q + row * z.width, size, scale, query.data());
-  copy(d_out + row * z.width, size, grad.data());
-  tile.times_keys(z, keys, query.data(), p.data());
-  tile.times_keys(z, keys, grad.data(), d_p.data());
+void attend_backward(const Sizes& z, const Tile& tile, const Keys<T>& keys, const T* d_out, const T* q,
+                     const float* sinks, const float* log_sums, Room<T>& room, T* d_q, const Added& added) {
+  const int64_t row = tile.token * z.heads, columns = tile.columns;
+  room.query.take(q + row * z.width, tile.rows, z.width);
+  room.grad.take(d_out + row * z.width, tile.rows, z.width);
+  room.p.reshape(columns), room.d_p.reshape(columns);
+  tile.times_keys(z, keys, room.query, room.logits.data());
+  tile.times_keys(z, keys, room.grad, room.d_logits.data());
   for (int64_t r = 0; r < tile.rows; r++) {
-    const float mean = softmax_backward(p.data() + r * columns, d_p.data() + r * columns,
-                                        tile.mask.data() + r / z.heads * columns, columns, log_sums[row + r]);
+    const float mean = softmax_backward(room.logits.data() + r * columns, room.d_logits.data() + r * columns, columns,
+                                        z.scale(), log_sums[row + r], tile.hidden(r / z.heads), room.p.at(r),
+                                        room.d_p.at(r));
     added.sinks[r % z.heads] -= exp(splat(sinks[r % z.heads] - log_sums[row + r]))[0] * mean;
   }
-  tile.times_values(z, keys, d_p.data(), result.data());
-  for (int64_t i = 0; i < size; i++) result[i] *= scale;
-  copy(result.data(), size, d_q + row * z.width);
+  tile.times_values(z, keys, room.d_p, room.result.data());
+  copy(room.result.data(), tile.rows * z.width, d_q + row * z.width);
+  const Down<T> query(room.query, tile.rows, room.turned[0]), grad(room.grad, tile.rows, room.turned[1]);
+  const Down<T> p(room.p, tile.rows, room.turned[2]), d_p(room.d_p, tile.rows, room.turned[3]);
   for (const Run& run : tile.runs) {
     float* to = run.near ? added.near + (run.first - added.first_key) * z.width : added.far + run.first * z.width;
-    multiply(run.count, z.width, tile.rows, {p.data() + run.column, 1, columns}, grad.data(), z.width, to, z.width, true);
-    multiply(run.count, z.width, tile.rows, {d_p.data() + run.column, 1, columns}, query.data(), z.width, to, z.width,
-             true);
+    const int64_t inner = elements<T>(tile.rows);
+    multiply(run.count, z.width, inner, p.transposed(run.column), grad.data, grad.row, to, z.width, true);
+    multiply(run.count, z.width, inner, d_p.transposed(run.column), query.data, query.row, to, z.width, true);
   }
 }
 
@@ -250,16 +273,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
     T *to_q = static_cast<T*>(d_q.mutable_data_ptr()), *to_kv = static_cast<T*>(d_kv.mutable_data_ptr()),
       *to_entries = static_cast<T*>(d_entries.mutable_data_ptr());
     torch::stable::parallel_for(0, z.rows * z.segments, 1, [&](int64_t first, int64_t last) {
+      Room<T> room(z.tile * z.heads, z.columns(), z.width, z.width, true);
       for (int64_t part = first; part < last; part++) {
         const int64_t b = part / z.segments, begin = part % z.segments * z.segment, row = b * z.length * z.heads;
         const int64_t end = std::min(begin + z.segment, z.length);
-        const Keys keys(z, raw + b * z.length * z.width, packed + b * z.entries * z.width, begin, end);
+        const Keys<T> keys(z, raw + b * z.length * z.width, packed + b * z.entries * z.width, begin, end);
         float* own = partial.data() + part * stride;
         const Added added{own, own + near_size, own + near_size + far_size, begin - z.window};
-        tiles(z, begin, end, near + b * near_row, far + b * z.length * z.entries,
+        tiles(z, begin, end, keys.first, near + b * near_row, far + b * z.length * z.entries,
               [&](const Tile& tile) {
                 attend_backward(z, tile, keys, grads + row * z.width, queries + row * z.width, floats(sinks),
-                                floats(log_sums) + row, to_q + row * z.width, added);
+                                floats(log_sums) + row, room, to_q + row * z.width, added);
               });
       }
     });
