@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,17 @@ def is_local() -> bool:
     return not uri().startswith("http")
 
 
+def load() -> None:
+    """Import what `connect` needs, two seconds, while something else is waited for."""
+    import_module("mlflow.store.tracking.sqlalchemy_store" if is_local() else "mlflow")
+
+
 def connect() -> MlflowClient:
     """A client whose database exists: the first use of an empty one happens behind a lock, one process at a time.
 
     Raises `UserError` when the server or the database does not answer.
     """
-    from mlflow import MlflowClient  # two seconds of import
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
