@@ -90,12 +90,15 @@ def chosen(device: torch.device) -> dict[str, str]:
     return {name: backend_of(name, device.type) for name in OPERATIONS}
 
 
-@torch.compiler.assume_constant_result
 def backend_of(operation: str, device_type: str) -> str:
     """The device's own backend if this installation has what it needs and nothing forces the reference."""
     if _forced or device_type not in BACKENDS or (operation, device_type) in _withheld:
         return "reference"
     return _probe(operation, device_type)
+
+
+# torch.compiler.assume_constant_result sets this too, but imports the compiler, two seconds, into every process.
+backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
