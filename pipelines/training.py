@@ -19,6 +19,7 @@ from model.data import Rows
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
 from pipelines.machine import environment
+from pipelines.machine.energy import JOULES_PER_KWH, Meter
 from pipelines.params import Training, UserError
 from pipelines.repository import root
 from pipelines.stage import progress, replacing, say
@@ -70,7 +71,7 @@ def fit(
     fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
     config = TrainConfig(**fields)
     behind = int(resumed.name.rpartition("-")[2]) if resumed else 0
-    with progress(stage, config.steps) as advance:
+    with progress(stage, config.steps) as advance, Meter(device.type) as meter:
 
         def report(step: int, record: Record) -> None:
             shown = _shown(record, device)
@@ -88,7 +89,7 @@ def fit(
             raise UserError(_after_failure(stage, reason, device, store)) from error
     _write_curve(curve, [_shown(record, device) for record in history])
     run.when_finished(store.clear)
-    return _metrics(net.config, config, history, device) | {"audit": _audit(run)}
+    return _metrics(net.config, config, history, device, meter.watts()) | {"audit": _audit(run)}
 
 
 def _audit(run: Run) -> dict[str, Any] | None:
@@ -159,7 +160,9 @@ def _table(history: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(history, columns=list(dict.fromkeys([*COLUMNS, *history[0], *history[-1]])))
 
 
-def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device) -> dict[str, Any]:
+def _metrics(
+    model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device, watts: float | None
+) -> dict[str, Any]:
     """First and last of each loss (mean of ten steps), size, how experts were used, and, on real devices, speed.
 
     max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
@@ -183,15 +186,20 @@ def _metrics(model: ModelConfig, config: TrainConfig, history: list[Record], dev
         "device_name": devices.name(device),
         "emulated": environment.emulated(device),
         "passport": environment.passport(device),
-        **({} if environment.emulated(device) else _speed(model, config, table, device)),
+        **({} if environment.emulated(device) else _speed(model, config, table, device, watts)),
     }
 
 
-def _speed(model: ModelConfig, config: TrainConfig, table: pd.DataFrame, device: torch.device) -> dict[str, float]:
-    """tokens_per_s of the median step, its share of the device's peak, seconds of all steps."""
+def _speed(
+    model: ModelConfig, config: TrainConfig, table: pd.DataFrame, device: torch.device, watts: float | None
+) -> dict[str, float]:
+    """tokens_per_s of the median step, its share of the device's peak, seconds of all steps, also of those before a
+    training was killed and resumed; energy_kwh of these seconds at the mean power since, where the machine tells it."""
     speed = float(table["tokens_per_s"].median())
+    seconds = float((table["tokens"] / table["tokens_per_s"]).sum())
     return {
         "tokens_per_s": speed,
         "share_of_peak": share_of_peak(flops_per_token(model, config.sequence_length), speed, config.precision, device),
-        "seconds": float((table["tokens"] / table["tokens_per_s"]).sum()),
+        "seconds": seconds,
+        **({} if watts is None else {"energy_kwh": watts * seconds / JOULES_PER_KWH}),
     }

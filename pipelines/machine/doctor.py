@@ -31,7 +31,8 @@ CANN_FOLDERS = (
 )
 GIB = 1 << 30
 LEAST_FILES, LEAST_MEMORY_GIB, LEAST_DISK_GIB = 4096, 4, 10
-CHIP = re.compile(r"^\|\s*(\d+)\s+(\S+)\s*\|\s*(\S+)\s*\|")  # first line of a chip: number, name, health
+# The first line of a chip: number, name, health, watts.
+CHIP = re.compile(r"^\|\s*(\d+)\s+(\S+)\s*\|\s*(\S+)\s*\|\s*([\d.]+)?")
 HBM = re.compile(r"(\d+)\s*/\s*(\d+)\s*\|\s*$")  # end of its second line: used and total MB
 
 
@@ -47,12 +48,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip as npu-smi lists it; memory in MB."""
+    """One chip as npu-smi lists it; memory in MB, power in watts or None where the card does not tell."""
 
     number: int
     name: str
     health: str
     memory_mb: int
+    power_w: float | None
 
 
 def examine(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> list[Line]:
@@ -106,7 +108,7 @@ def parse_chips(smi: str) -> list[Chip]:
     for first, second in zip(lines, lines[1:], strict=False):
         chip, memory = CHIP.match(first), HBM.search(second)
         if chip and memory:
-            found.append(Chip(int(chip[1]), chip[2], chip[3], int(memory[2])))
+            found.append(Chip(int(chip[1]), chip[2], chip[3], int(memory[2]), float(chip[4]) if chip[4] else None))
     return found
 
 

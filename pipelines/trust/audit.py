@@ -26,12 +26,12 @@ DISTRIBUTION = re.compile(
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found, and how much was looked at."""
+    """What was found, how many libraries were looked at, and every distribution as `name==version`."""
 
     nvidia_libraries: list[str]
     nvidia_distributions: list[str]
     libraries: int
-    distributions: int
+    distributions: list[str]
 
     @property
     def free(self) -> bool:
@@ -50,9 +50,10 @@ def loaded_libraries(pid: int | str = "self") -> list[str]:
 
 def audit(pid: int | str = "self") -> Audit:
     """Look at a process and at the installed distributions of this environment."""
-    libraries, installed = loaded_libraries(pid), sorted({item.name.lower() for item in distributions()})
+    libraries, installed = loaded_libraries(pid), {item.name.lower(): item.version for item in distributions()}
     nvidia = [path for path in libraries if LIBRARY.match(Path(path).name)]
-    return Audit(nvidia, [name for name in installed if DISTRIBUTION.fullmatch(name)], len(libraries), len(installed))
+    named = [name for name in sorted(installed) if DISTRIBUTION.fullmatch(name)]
+    return Audit(nvidia, named, len(libraries), [f"{name}=={installed[name]}" for name in sorted(installed)])
 
 
 def as_json(found: Audit) -> str:
@@ -61,5 +62,5 @@ def as_json(found: Audit) -> str:
 
 def sentence(found: Audit) -> str:
     what = ", ".join(found.nvidia_libraries + found.nvidia_distributions)
-    looked = f"{found.libraries} loaded libraries, {found.distributions} installed distributions"
+    looked = f"{found.libraries} loaded libraries, {len(found.distributions)} installed distributions"
     return f"audit      {looked}: {f'NVIDIA parts: {what}' if what else 'no NVIDIA part'}"

@@ -1,4 +1,5 @@
-"""Bill of materials of a model: CycloneDX 1.6 with the exported files, a model card, the data and the packages.
+"""Bill of materials of a model: CycloneDX 1.6 with the exported files, a model card, the data, the packages it was
+trained with.
 
 `pipelines/trust/sbom.py` lists what is installed; here that is one part of three. The library has no model card and no
 data component yet, so these are added to its JSON; the result is valid against CycloneDX's schema.
@@ -28,7 +29,7 @@ def write(file: Path, name: str, release: Path, files: dict[str, str], sources: 
     release: the exported folder; files: sha256 of its files by name. sources: `lineage.sources`.
     """
     data = [_data(source) for source in sources]
-    packages = [sbom.component(package) for package in sbom.packages()]
+    packages = [sbom.component(package) for package in _packages(file.parent)]
     bom = Bom()
     bom.metadata.component = _model(name, files)
     bom.components = [*data, *packages]
@@ -39,6 +40,14 @@ def write(file: Path, name: str, release: Path, files: dict[str, str], sources: 
         if component["type"] == "data":
             component["data"] = [{"type": "dataset", "name": component["name"]}]
     stage.write_json(file, content)
+
+
+def _packages(folder: Path) -> list[sbom.Package]:
+    """What was installed where the model was trained and fine-tuned; of this Python where that was not written down."""
+    audits = [stage.read_json(folder / f"{name}.json", made_by=name)["audit"] for name in ("pretrain", "finetune")]
+    if None in audits:
+        return sbom.packages()
+    return sbom.recorded({entry for audit in audits for entry in audit["distributions"]})
 
 
 def _model(name: str, files: dict[str, str]) -> Component:

@@ -41,6 +41,13 @@ def packages() -> list[Package]:
     return [found[name] for name in sorted(found) if name != PROJECT]
 
 
+def recorded(named: set[str]) -> list[Package]:
+    """Packages written down as `name==version`, sorted; the licence is known of those that are installed here too."""
+    here = {(package.name.lower(), package.version): package for package in packages()}
+    pairs = [(name, version) for name, _, version in (entry.partition("==") for entry in sorted(named))]
+    return [here.get(pair, Package(*pair, licence="")) for pair in pairs if pair[0] != PROJECT]
+
+
 def write(file: Path, audit: Audit) -> int:
     """Write the bill as JSON into `file`, with what the audit found as properties; returns how many parts it has."""
     bom, parts = Bom(), packages()

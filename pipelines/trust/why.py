@@ -87,7 +87,7 @@ def _training(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         "epochs": trained["epochs"],
         "dialogues": tuned["dialogues"],
         **{key: parameters[key] for key in ("device", "emulated", "passport", "seeds")},
-        "training_seconds": trained["seconds"] + tuned["seconds"],
+        "training_seconds": None if trained["emulated"] else trained["seconds"] + tuned["seconds"],
         "seconds": runs,
         "energy_kwh": None if None in energy else sum(energy),
     }

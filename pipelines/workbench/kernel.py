@@ -5,6 +5,7 @@ Runs have processes of their own and always use what is on disk; what a kernel i
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -14,14 +15,16 @@ from pipelines.lineage import PACKAGES
 
 CODE = Path(__file__).parents[2]
 FOLDERS = [CODE / name for name in ("pipelines", "model", "kernels")]
-_files: dict[Path, int] = {}
+_files: dict[Path, str] = {}
 _versions: dict[str, str] = {}
 _told: set[str] = set()
 
 
 def check() -> None:
     """Note what is loaded; warn, once, of what changed on disk since it was."""
-    changed = [str(path.relative_to(CODE)) for path in _loaded() if _files.setdefault(path, _time(path)) != _time(path)]
+    changed = [
+        str(path.relative_to(CODE)) for path in _loaded() if _files.setdefault(path, _digest(path)) != _digest(path)
+    ]
     for name in (name for name in PACKAGES if name in sys.modules):
         now = _version(name)
         if _versions.setdefault(name, now) != now:
@@ -42,8 +45,8 @@ def _loaded() -> list[Path]:
     return [path for path in paths if any(path.is_relative_to(folder) for folder in FOLDERS)]
 
 
-def _time(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _version(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from pipelines import live
+from pipelines import live, stage
 from pipelines.params import UserError
 from pipelines.workbench import display, graph, overrides, trials
 from pipelines.workbench import runs as all_runs
@@ -55,6 +55,8 @@ def follow(run: Run) -> Run:
         return run
     if run.status in (live.FAILED, live.KILLED):
         raise UserError(f"{run.id} {run.status}: {run.message or 'see project.attach(...).log'}")
+    for line in dict.fromkeys(line for line in run.log.splitlines() if line.startswith("tracking ")):
+        stage.say(line)  # MLflow did not answer
     return run
 
 

@@ -105,6 +105,7 @@ def test_nothing_of_an_emulated_run_is_a_speed(registered) -> None:
         assert runs[name].data.tags["emulated"] == "true"
         assert not [key for key in runs[name].data.metrics if re.search("tokens_per_s|share_of_peak|seconds", key)]
         assert [file.path for file in client.list_artifacts(runs[name].info.run_id) if file.path.endswith(".html")]
+    assert "time on an emulated device, which says nothing of a real one" in project.run("shovel", "why", "1").stdout
 
 
 def test_the_export_has_the_same_logits_here_and_on_the_cpu(registered) -> None:

@@ -118,6 +118,17 @@ def test_a_second_version_through_the_command_line(here) -> None:
     assert kinds == {"pipeline", "run"} and any(row["evaluate-chat/bits_per_byte"] for row in table)
 
 
+def test_a_run_goes_on_while_mlflow_is_down_and_is_delivered_later(here, monkeypatch, capsys) -> None:
+    with monkeypatch.context() as down:
+        down.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        run = surface.run("finetune", steps=3, warmup_steps=1)
+    assert run.status == "finished" and "`shovel link` delivers it later" in capsys.readouterr().err
+    assert "1 delivered late" in CliRunner().invoke(app, ["link"]).output
+    late = client_of(here).search_runs(["1"], "tags.provisional_id LIKE 'pending-%'", order_by=["start_time DESC"])[0]
+    assert late.data.tags["overrides"] == "finetune.steps=3, finetune.warmup_steps=1"
+    assert len(client_of(here).get_metric_history(late.info.run_id, "train/loss")) == 3
+
+
 def test_a_model_writes_scores_and_shows_its_experts_as_transformers_computes_them(here) -> None:
     ours = surface.model("release")
     tokenizer = AutoTokenizer.from_pretrained(here.folder / "data/models/release")

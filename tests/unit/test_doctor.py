@@ -30,7 +30,7 @@ SMI = """
 
 
 def test_chips_are_read_from_npu_smi() -> None:
-    assert doctor.parse_chips(SMI) == [Chip(0, "910B3", "OK", 65536), Chip(1, "910B3", "Alarm", 65536)]
+    assert doctor.parse_chips(SMI) == [Chip(0, "910B3", "OK", 65536, 93.6), Chip(1, "910B3", "Alarm", 65536, 91.2)]
     assert doctor.driver(True, SMI) == Line("driver", OK, "24.1.rc3")
 
 

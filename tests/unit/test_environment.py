@@ -38,7 +38,7 @@ def test_tags_name_device_and_kernels() -> None:
 
 
 def test_an_emulated_training_tells_no_speed(on_an_emulated_npu: None) -> None:
-    metrics = training._metrics(MODEL, CONFIG, [RECORD] * 12, NPU)
+    metrics = training._metrics(MODEL, CONFIG, [RECORD] * 12, NPU, 40.0)
     assert metrics["emulated"] and not SPEED & metrics.keys()
     assert training._shown(RECORD, NPU).keys() == RECORD.keys() - {"tokens_per_s"}
     assert training._live(MODEL, CONFIG, RECORD, NPU) == "loss 2.000  emulated"
@@ -46,8 +46,10 @@ def test_an_emulated_training_tells_no_speed(on_an_emulated_npu: None) -> None:
 
 
 def test_a_real_training_tells_its_speed() -> None:
-    metrics = training._metrics(MODEL, replace(CONFIG, precision="float32"), [RECORD] * 12, CPU)
+    metrics = training._metrics(MODEL, replace(CONFIG, precision="float32"), [RECORD] * 12, CPU, 40.0)
     assert not metrics["emulated"] and metrics.keys() >= SPEED
+    assert metrics["energy_kwh"] == pytest.approx(40.0 * metrics["seconds"] / 3.6e6)
+    assert "energy_kwh" not in training._metrics(MODEL, CONFIG, [RECORD] * 12, CPU, None)
     assert training._shown(RECORD, CPU) == RECORD and "of peak" in training._live(MODEL, CONFIG, RECORD, CPU)
 
 
