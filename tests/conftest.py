@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import forked  # noqa: E402
+
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -149,10 +152,11 @@ class Project:
         words = [sys.executable, "-m", *command] if command[0] in ("dvc", "mlflow") else list(command)
         words = [sys.executable, *command[1:]] if command[0] == "python" else words
         if command[0] == "shovel":
-            words = [sys.executable, "-m", "pipelines.cli", *command[1:]]
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True
-        )
+            done = forked(words[1:], self.folder, self.environment(**environment))
+        else:
+            done = subprocess.run(
+                words, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True
+            )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
