@@ -488,8 +488,7 @@ def page_of(client: MlflowClient, version: ModelVersion) -> Path:
 
 def ui_address(port: int) -> str:
     """The training view of a server on this machine."""
-    client = connect()
-    return f"http://127.0.0.1:{port}/#/experiments/{experiment_id(client)}/runs?workflowType=machine_learning"
+    return f"http://127.0.0.1:{port}/#/experiments/{experiment_id(connect())}/runs?workflowType=machine_learning"
 
 
 def ui_command(port: int) -> tuple[list[str], dict[str, str]]:
