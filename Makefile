@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-npu lab notebooks pictures ui serve bench bench-quick
+.PHONY: help demo test test-npu test-triton lab notebooks pictures ui serve bench bench-quick
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -29,6 +29,9 @@ test: .venv/installed-dev ## the whole test suite
 test-npu: .venv-npu/installed ## tests through torch_npu: on Ascend cards where there are some, else emulated on the CPU
 	@$(BUILD_EMULATOR)
 	@$(WITH_NPU) python -m pytest tests/npu
+
+test-triton: .venv-triton/installed ## tests of the Triton kernels, by Triton's interpreter and its compiler, on the CPU
+	@OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/triton
 
 lab: .venv/installed-lab ## JupyterLab on 127.0.0.1, with the notebooks, git, MLflow and DVC's plots
 	@JUPYTER_CONFIG_PATH=notebooks/.jupyter jupyter lab
@@ -77,7 +80,8 @@ endef
 	@touch $@
 
 # Environments on top of .venv, which see all of it. torch_npu: with it in .venv `import torch` would fail without CANN.
-# torchtitan, without what it asks for but does not use here: its requirements would replace other packages.
+# triton-ascend: the smallest Triton there is (54 MB), nothing of NVIDIA's in it, and its interpreter and compiler need no
+# card; it imports pybind11 without asking for it. torchtitan, without what it asks for but does not use here: its requirements would replace other packages.
 define on_top_of_venv
 	@$(PYTHON) -m venv $(1)
 	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
@@ -87,6 +91,12 @@ endef
 .venv-npu/installed: .venv/installed-dev
 	$(call on_top_of_venv,.venv-npu)
 	$(call install,.venv-npu: torch_npu,--no-deps -c constraints.txt torch-npu,$(NPU))
+	@touch $@
+
+.venv-triton/installed: .venv/installed-dev
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "triton-ascend is made for Python 3.11; rebuild .venv: rm -r .venv; make PYTHON=python3.11 test-triton"; exit 2; }
+	$(call on_top_of_venv,.venv-triton)
+	$(call install,.venv-triton: triton-ascend,--no-deps -c constraints.txt triton-ascend pybind11,.venv-triton/bin)
 	@touch $@
 
 .venv-bench/installed: .venv/installed-core

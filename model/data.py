@@ -2,7 +2,8 @@
 run, on any number of devices, sees the same stream.
 
 Pretraining joins the documents of one epoch in a shuffled order and cuts that stream into rows; the rows are shuffled
-again. Chat packs whole dialogues into rows. Shapes: B rows a batch, S tokens a row.
+again, so that any batch holds the sources in about the corpus's proportion. Chat packs whole dialogues into rows.
+Shapes: B rows a batch, S tokens a row, N rows an epoch.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class PackedTokens:
         self.shard = np.repeat(np.arange(len(shards)), [len(shard["offsets"]) - 1 for shard in shards])
         self.starts = np.concatenate([np.asarray(shard["offsets"][:-1], dtype=np.int64) for shard in shards])
         self.lengths = np.concatenate([np.diff(np.asarray(shard["offsets"], dtype=np.int64)) for shard in shards])
+        names = [name for shard in shards for name in shard["documents"]]
+        self.source = np.unique([name.partition("/")[0] for name in names], return_inverse=True)[1]
         self.sequence_length, self.seed = sequence_length, seed
         self.rows_per_epoch = (int(self.lengths.sum()) - 1) // sequence_length
         if self.rows_per_epoch < 1:
@@ -71,10 +74,15 @@ class PackedTokens:
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(order of documents, end of each in the epoch's stream, order of rows)."""
+        """(order of documents, end of each in the epoch's stream, order of rows).
+
+        A row counts to the source of its middle token.
+        """
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.lengths))
-        return order, self.lengths[order].cumsum(), random.permutation(self.rows_per_epoch)
+        ends, rows = self.lengths[order].cumsum(), random.permutation(self.rows_per_epoch)
+        middle = rows * self.sequence_length + self.sequence_length // 2
+        return order, ends, rows[interleave(self.source[order[ends.searchsorted(middle, "right")]])]
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Rows.row`; the first token of a document is never a target."""
@@ -92,6 +100,15 @@ class PackedTokens:
             owners.append(np.full(high - low, document))
         ids, owner = np.concatenate(pieces).astype(np.int64), np.concatenate(owners)
         return ids[:-1], np.where(owner[1:] == owner[:-1], ids[1:], IGNORED), owner[:-1]
+
+
+def interleave(kind_N: np.ndarray) -> np.ndarray:
+    """Order, [N], in which every stretch holds each kind in about its proportion; those of a kind stay in theirs."""
+    place_N = np.empty(len(kind_N))
+    for kind in np.unique(kind_N):
+        mine = np.flatnonzero(kind_N == kind)
+        place_N[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    return place_N.argsort(kind="stable")
 
 
 class PackedDialogues:

@@ -100,7 +100,12 @@ class Pretrain(Training):
     start_batch_tokens: int | None = Field(None, ge=8, description="batch of the first step; none: no ramp")
     batch_ramp_steps: int = Field(0, ge=0, description="steps over which the batch grows to `batch_tokens`")
     balance_speed: float = Field(1e-3, ge=0, description="router bias step, DeepSeek-V3 section 2.1.2")
-    balance_weight: float = Field(1e-4, ge=0, description="weight of the sequence-wise balance loss")
+    balance_weight: float = Field(
+        1e-4,
+        ge=0,
+        description="weight of the sequence-wise balance loss; DeepSeek's suits batches of millions of tokens, which "
+        "the bias alone balances; batches of a few thousand need about 1",
+    )
     mtp_weights: list[float] = Field(
         default_factory=lambda: [0.3, 0.1],
         min_length=2,

@@ -165,12 +165,10 @@ def _metrics(
 ) -> dict[str, Any]:
     """First and last of each loss (mean of ten steps), size, how experts were used, and, on real devices, speed.
 
-    max_load_over_mean: of the last ten steps, worst layer; idle_experts: how often, after the warm-up, a layer had an
-    expert that took no token.
+    max_load_over_mean: of the last ten steps, worst layer; balance: see `_balance`.
     """
     table = _table(history)
     losses = {name: float(table[name].tail(10).mean()) for name in history[-1] if name.endswith("_loss")}
-    idle = (table["min_load_over_mean"].iloc[config.warmup_steps :] == 0).sum()
     total, active = count_parameters(model)
     return {
         "steps": config.steps,
@@ -179,7 +177,7 @@ def _metrics(
         "loss_last": float(table["loss"].tail(10).mean()),
         **losses,
         "max_load_over_mean": float(table["max_load_over_mean"].tail(10).fillna(0).mean()),
-        "idle_experts": int(idle),
+        "balance": _balance(table, config),
         "parameters": total,
         "active_parameters": active,
         "device": device.type,
@@ -187,6 +185,27 @@ def _metrics(
         "emulated": environment.emulated(device),
         "passport": environment.passport(device),
         **({} if environment.emulated(device) else _speed(model, config, table, device, watts)),
+    }
+
+
+def _balance(table: pd.DataFrame, config: TrainConfig) -> dict[str, float]:
+    """How evenly the experts of the worst layer were used, from the step on at which rate, batch and attention had
+    warmed up; empty where no layer has experts or nothing came after.
+
+    Loads are over the mean. above_twice: share of the batches whose busiest expert took more than twice the mean;
+    busiest, idlest: of any batch; busiest_ten_steps: worst mean of ten steps; idle: batches that left an expert out.
+    """
+    start = max(config.warmup_steps, config.batch_ramp_steps, config.dense_attention_steps)
+    busiest, idlest = (table[name].iloc[start:].dropna() for name in ("max_load_over_mean", "min_load_over_mean"))
+    if busiest.empty:
+        return {}
+    return {
+        "first_step": start,
+        "above_twice": float((busiest > 2).mean()),
+        "busiest": float(busiest.max()),
+        "busiest_ten_steps": float(busiest.rolling(min(10, len(busiest))).mean().max()),
+        "idlest": float(idlest.min()),
+        "idle": int((idlest == 0).sum()),
     }
 
 

@@ -34,6 +34,7 @@ os.environ |= {
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 ROOT = Path(__file__).parents[1]
+HARDWARE = ("an Ascend card", "a device that Triton compiles for")  # what some tests need
 SMALL = {
     "clean": {"heldout_percent": 15.0},
     "contracts": {"min_documents": 10, "max_overlap_rate": 0.3, "max_secret_rate": 0.5},
@@ -59,6 +60,17 @@ MODEL = {
     "head_dim": 16, "qk_rope_head_dim": 8, "o_groups": 1, "o_lora_rank": 8, "sliding_window": 16, "index_n_heads": 2,
     "index_head_dim": 8, "index_topk": 4, "hc_mult": 2, "hc_sinkhorn_iters": 3, "n_routed_experts": 4,
 }  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tests that only hardware can run are listed by name, not lost among the skipped ones."""
+    for need in HARDWARE:
+        skipped = terminalreporter.stats.get("skipped", [])
+        waiting = [report for report in skipped if f"needs {need}" in report.longreprtext]
+        if waiting:
+            terminalreporter.section(f"NOT RUN: {len(waiting)} tests need {need}")
+            for report in waiting:
+                terminalreporter.line(f"  {report.nodeid}")
 
 
 class Project:

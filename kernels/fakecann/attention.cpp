@@ -7,14 +7,14 @@
 
 using namespace fakecann;
 
-static constexpr int64_t LARGEST_HEAD = 768, MOST_HEADS = 256, COMPRESSED_MASK = 2048;
-static constexpr size_t MOST_SEQUENCES = 2048;
+static constexpr int64_t LARGEST_HEAD = 768, MOST_HEADS = 256, MOST_SEQUENCES = 2048,
+                         COMPRESSED_MASK = 2048;
 static const std::vector<std::string> LAYOUTS = {"BSND", "BNSD", "BSH", "SBH", "TND"};
 
 namespace {
 
 struct Arguments {
-  const Tensor *query, *key, *value, *mask, *sink;
+  Tensor query, key, value, mask, sink;
   const Integers *query_ends, *key_ends;
   double scale;
   int64_t heads, sparse_mode;
@@ -22,70 +22,67 @@ struct Arguments {
 
   bool flat() const { return layout == "BSH" || layout == "SBH"; }
   bool varied() const { return layout == "TND"; }
-  int64_t width() const { return flat() ? query->view.size(2) / heads : query->view.size(-1); }
+  bool compressed() const { return sparse_mode == 2 || sparse_mode == 3; }
+  int64_t width() const { return flat() ? query->size(2) / heads : query->size(-1); }
 
-  at::Tensor to_bnsd(const at::Tensor& x, int64_t channels) const {
-    if (layout == "BNSD") return x;
-    if (layout == "BSND") return x.transpose(1, 2);
-    if (layout == "TND") return x.transpose(0, 1).unsqueeze(0);
-    auto split = x.reshape({x.size(0), x.size(1), -1, channels});
-    return layout == "BSH" ? split.transpose(1, 2) : split.permute({1, 2, 0, 3});
+  at::Tensor to_bnsd(const at::Tensor& given, int64_t channels) const {
+    if (layout == "BNSD") return given;
+    auto x = flat() ? given.unflatten(2, {-1, channels}) : varied() ? given.unsqueeze(0) : given;
+    return layout == "SBH" ? x.permute({1, 2, 0, 3}) : x.transpose(1, 2);
   }
-  at::Tensor from_bnsd(const at::Tensor& x) const {
-    if (layout == "BNSD") return x;
-    if (layout == "BSND") return x.transpose(1, 2);
-    if (layout == "TND") return x.squeeze(0).transpose(0, 1);
-    return layout == "BSH" ? x.transpose(1, 2).flatten(2) : x.permute({2, 0, 1, 3}).flatten(2);
+  at::Tensor from_bnsd(const at::Tensor& given) const {
+    if (layout == "BNSD") return given;
+    auto x = layout == "SBH" ? given.permute({2, 0, 1, 3}) : given.transpose(1, 2);
+    return flat() ? x.flatten(2) : varied() ? x.squeeze(0) : x;
   }
 };
 
 void check_ends(const char* what, const Integers* ends, int64_t length) {
-  TORCH_CHECK(ends && !ends->values.empty(), "layout TND needs ", what);
-  TORCH_CHECK(ends->values.size() <= MOST_SEQUENCES, what, " has ", ends->values.size(),
-              " sequences; the operator takes ", MOST_SEQUENCES);
-  TORCH_CHECK(std::is_sorted(ends->values.begin(), ends->values.end()) && ends->values.back() == length, what,
-              " must be running ends that reach ", length, "; given ", at::IntArrayRef(ends->values));
+  TORCH_CHECK(ends && !ends->empty(), "layout TND needs ", what);
+  require_range("the number of sequences", static_cast<int64_t>(ends->size()), 1, MOST_SEQUENCES);
+  TORCH_CHECK(std::is_sorted(ends->begin(), ends->end()) && ends->back() == length, what,
+              " must be running ends that reach ", length, "; given ", at::IntArrayRef(*ends));
+}
+
+void check_mask(const Arguments& given) {
+  require_type("atten_mask", given.mask, {at::kBool, at::kByte});
+  require_range("sparse_mode, as far as it is emulated,", given.sparse_mode, 0, 3);
+  TORCH_CHECK(!given.compressed() || (given.mask && given.mask->size(-1) == COMPRESSED_MASK &&
+                                      given.mask->size(-2) == COMPRESSED_MASK),
+              "sparse_mode ", given.sparse_mode, " needs an atten_mask of 2048 by 2048");
 }
 
 void check(const Arguments& given) {
   for (auto [what, tensor] : {std::pair{"query", given.query}, {"key", given.key}, {"value", given.value}}) {
     require_type(what, tensor, FLOATING);
-    TORCH_CHECK(tensor->view.scalar_type() == given.query->view.scalar_type(), what, " is ", tensor->view.scalar_type(),
-                ", query is ", given.query->view.scalar_type());
+    TORCH_CHECK(tensor->scalar_type() == given.query->scalar_type(), what, " is ", tensor->scalar_type(),
+                ", query is ", given.query->scalar_type());
   }
   TORCH_CHECK(std::find(LAYOUTS.begin(), LAYOUTS.end(), given.layout) != LAYOUTS.end(), "layout ", given.layout,
               " is not one of ", LAYOUTS);
-  TORCH_CHECK(given.heads >= 1 && given.heads <= MOST_HEADS, given.heads, " heads; the operator takes 1 to ",
-              MOST_HEADS);
-  TORCH_CHECK(given.width() <= LARGEST_HEAD, "a head of ", given.width(), " channels exceeds ", LARGEST_HEAD);
-  int64_t value_width = given.flat() ? 0 : given.value->view.size(-1);
-  TORCH_CHECK(given.flat() || (given.key->view.size(-1) == given.width() && value_width <= given.width()),
-              "channels of query, key and value are ", given.width(), ", ", given.key->view.size(-1), " and ",
-              value_width, "; the first two must be equal and the third no larger");
-  require_type("atten_mask", given.mask, {at::kBool, at::kByte});
-  bool compressed = given.sparse_mode == 2 || given.sparse_mode == 3;
-  TORCH_CHECK(compressed || given.sparse_mode == 0 || given.sparse_mode == 1, "sparse_mode ", given.sparse_mode,
-              " is not emulated");
-  TORCH_CHECK(!compressed || (given.mask && given.mask->view.size(-1) == COMPRESSED_MASK &&
-                              given.mask->view.size(-2) == COMPRESSED_MASK),
-              "sparse_mode ", given.sparse_mode, " needs an atten_mask of 2048 by 2048");
+  require_range("head_num", given.heads, 1, MOST_HEADS);
+  require_range("the number of channels of a head", given.width(), 1, LARGEST_HEAD);
+  int64_t key_width = given.key->size(-1), value_width = given.value->size(-1);
+  TORCH_CHECK(given.flat() || (key_width == given.width() && value_width <= given.width()),
+              "channels of query, key and value are ", given.width(), ", ", key_width, " and ", value_width,
+              "; the first two must be equal and the third no larger");
+  check_mask(given);
   require_type("sink", given.sink, {at::kFloat});
-  TORCH_CHECK(!given.sink || given.sink->view.sizes() == at::IntArrayRef{given.heads}, "the sink is ",
-              given.sink ? given.sink->view.sizes() : at::IntArrayRef(), " for ", given.heads, " heads");
-  if (given.varied()) {
-    TORCH_CHECK(!given.sink, "a sink in layout TND is not emulated");
-    check_ends("actual_seq_qlen", given.query_ends, given.query->view.size(0));
-    check_ends("actual_seq_kvlen", given.key_ends, given.key->view.size(0));
-  }
+  TORCH_CHECK(!given.sink || given.sink->sizes() == at::IntArrayRef{given.heads}, "the sink is ",
+              given.sink ? given.sink->sizes() : at::IntArrayRef(), " for ", given.heads, " heads");
+  if (!given.varied()) return;
+  TORCH_CHECK(!given.sink, "a sink in layout TND is not emulated");
+  check_ends("actual_seq_qlen", given.query_ends, given.query->size(0));
+  check_ends("actual_seq_kvlen", given.key_ends, given.key->size(0));
 }
 
 // The number of the sequence, and the place in it, of each of `count` tokens.
 std::pair<at::Tensor, at::Tensor> sequences(const Integers* ends, int64_t count) {
   auto number = at::zeros({count}, at::kLong), place = at::arange(count, at::kLong);
   int64_t start = 0;
-  for (size_t i = 0; ends && i < ends->values.size(); start = ends->values[i++]) {
-    number.slice(0, start, ends->values[i]).fill_(static_cast<int64_t>(i));
-    place.slice(0, start, ends->values[i]).sub_(start);
+  for (size_t i = 0; ends && i < ends->size(); start = ends->at(i++)) {
+    number.slice(0, start, ends->at(i)).fill_(static_cast<int64_t>(i));
+    place.slice(0, start, ends->at(i)).sub_(start);
   }
   return {number, place};
 }
@@ -95,11 +92,11 @@ at::Tensor hidden(const Arguments& given, int64_t queries, int64_t keys) {
   auto [query_number, query_place] = sequences(given.query_ends, queries);
   auto [key_number, key_place] = sequences(given.key_ends, keys);
   auto result = query_number.unsqueeze(1) != key_number.unsqueeze(0);
-  if (given.sparse_mode == 2 || given.sparse_mode == 3) {
+  if (given.compressed()) {
     int64_t shift = given.sparse_mode == 3 && !given.varied() ? keys - queries : 0;
     result = result | (key_place.unsqueeze(0) > query_place.unsqueeze(1) + shift);
   } else if (given.mask) {
-    result = result | (*given.mask)->to(at::kBool);
+    result = result | given.mask->to(at::kBool);
   }
   return result;
 }
@@ -112,9 +109,9 @@ struct Scores {
 };
 
 Scores scores(const Arguments& given) {
-  auto wide = [&](const Tensor* x, int64_t channels) { return given.to_bnsd(as_float(x), channels); };
-  int64_t key_heads = given.flat() ? (*given.key)->size(2) / given.width() : 0;
-  int64_t value_width = given.flat() ? (*given.value)->size(2) / key_heads : (*given.value)->size(-1);
+  auto wide = [&](Tensor x, int64_t channels) { return given.to_bnsd(as_float(x), channels); };
+  int64_t key_heads = given.flat() ? given.key->size(2) / given.width() : 0;
+  int64_t value_width = given.flat() ? given.value->size(2) / key_heads : given.value->size(-1);
   Scores result{
       wide(given.query, given.width()), wide(given.key, given.width()), wide(given.value, value_width), {}, {}, {}, 1};
   TORCH_CHECK(result.query.size(1) == given.heads && given.heads % result.key.size(1) == 0, "head_num is ", given.heads,
@@ -134,20 +131,19 @@ Scores scores(const Arguments& given) {
 }
 
 // What the backward pass of the real operator needs: [B, N, S, 8] or, for layout TND, [T, N, 8], each number 8 times.
-void store_statistics(const Arguments& given, const at::Tensor& statistic, const Tensor* out) {
+void store_statistics(const Arguments& given, const at::Tensor& statistic, Tensor out) {
   auto wide = statistic.expand({-1, -1, -1, 8});
   store(out, given.varied() ? wide.squeeze(0).transpose(0, 1) : wide);
 }
 
-void forward(const Arguments& given, const Tensor* top, const Tensor* total, const Tensor* out) {
+void forward(const Arguments& given, Tensor top, Tensor total, Tensor out) {
   auto found = scores(given);
   store_statistics(given, found.top, top);
   store_statistics(given, found.total, total);
   store(out, given.from_bnsd(at::matmul(found.probabilities, found.value)));
 }
 
-void backward(const Arguments& given, const Tensor* grad, const Tensor* dq, const Tensor* dk, const Tensor* dv,
-              const Tensor* d_sink) {
+void backward(const Arguments& given, Tensor grad, Tensor dq, Tensor dk, Tensor dv, Tensor d_sink) {
   auto found = scores(given);
   auto wide = given.to_bnsd(as_float(grad), found.value.size(3));
   auto d_probabilities = at::matmul(wide, found.value.transpose(-1, -2));
@@ -164,46 +160,40 @@ void backward(const Arguments& given, const Tensor* grad, const Tensor* dq, cons
   store(d_sink, -(share * inner).sum({0, 2, 3}));
 }
 
-void check_plain(const Tensor* shift, const Tensor* drop, const Tensor* padding, double keep) {
+void check_plain(Tensor shift, Tensor drop, Tensor padding, double keep) {
   TORCH_CHECK(!shift && !drop && !padding && keep == 1, "position shift, padding mask and dropout are not emulated");
 }
 
 }  // namespace
 
-// The layout is a string of the caller that does not outlive the first phase, so it is copied into the arguments. SINK
-// and ENDS are the parameters that some of the operators have between the others, STARTS and KIND those of ScoreV3 alone.
-#define ATTENTION(NAME, SINK, ENDS, STARTS, KIND, ...)                                                                \
-  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
-      Tensor* query, Tensor* key, Tensor* value, Tensor* shift, Tensor* drop, Tensor* padding, Tensor* mask,          \
-      UNPACK SINK Integers*, UNPACK ENDS UNPACK STARTS double scale, double keep, int64_t, int64_t, int64_t heads,    \
-      char* layout, int64_t, int64_t sparse_mode, UNPACK KIND Tensor* top, Tensor* total, Tensor*, Tensor* out,       \
-      uint64_t* workspace, Executor** executor) {                                                                     \
-    Arguments given{query, key, value, mask, __VA_ARGS__, scale, heads, sparse_mode, layout};                         \
-    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
-    return plan("aclnn" #NAME, workspace, executor, checks, [=] { forward(given, top, total, out); });                \
-  }                                                                                                                   \
-  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }                        \
-  static_assert(true)
-#define ATTENTION_GRAD(NAME, SINK, ENDS, STARTS, KIND, D_SINK, D_SINK_OUT, ...)                                       \
-  EXPORT int aclnn##NAME##GetWorkspaceSize(                                                                           \
-      Tensor* query, Tensor* key, Tensor* value, Tensor* grad, Tensor* shift, Tensor* drop, Tensor* padding,          \
-      Tensor* mask, Tensor*, Tensor*, Tensor*, Tensor*, UNPACK SINK Integers*, UNPACK ENDS UNPACK STARTS double scale, \
-      double keep, int64_t, int64_t, int64_t heads, char* layout, int64_t, int64_t sparse_mode,                       \
-      UNPACK KIND Tensor* dq, Tensor* dk, Tensor* dv, Tensor*, UNPACK D_SINK uint64_t* workspace,                     \
-      Executor** executor) {                                                                                          \
-    Arguments given{query, key, value, mask, __VA_ARGS__, scale, heads, sparse_mode, layout};                         \
-    auto checks = [=] { check_plain(shift, drop, padding, keep), check(given); };                                     \
-    return plan("aclnn" #NAME, workspace, executor, checks, [=] { backward(given, grad, dq, dk, dv, D_SINK_OUT); });  \
-  }                                                                                                                   \
-  EXPORT int aclnn##NAME(void*, uint64_t, Executor* executor, void*) { return run(executor); }                        \
-  static_assert(true)
-#define BOTH_ENDS (Integers * query_ends, Integers* key_ends, )
-#define A_SINK (Tensor * sink, )
-#define BOTH_STARTS (Integers*, Integers*, )
-ATTENTION(FlashAttentionScore, (), (), (), (), nullptr, nullptr, nullptr);
-ATTENTION(FlashAttentionScoreV3, A_SINK, (), BOTH_STARTS, (int64_t, ), sink, nullptr, nullptr);
-ATTENTION(FlashAttentionVarLenScore, (), BOTH_ENDS, (), (), nullptr, query_ends, key_ends);
-ATTENTION_GRAD(FlashAttentionScoreGrad, (), (), (), (), (), nullptr, nullptr, nullptr, nullptr);
-ATTENTION_GRAD(FlashAttentionScoreGradV3, A_SINK, (), BOTH_STARTS, (int64_t, ), (Tensor * d_sink, ), d_sink, sink,
-               nullptr, nullptr);
-ATTENTION_GRAD(FlashAttentionUnpaddingScoreGrad, (), BOTH_ENDS, (), (), (), nullptr, nullptr, query_ends, key_ends);
+// What an operator has no parameter for is not given.
+static constexpr Tensor sink{}, d_sink{};
+static constexpr Integers *query_ends = nullptr, *key_ends = nullptr;
+
+#define INPUTS Tensor query, Tensor key, Tensor value
+#define MASKS Tensor shift, Tensor drop, Tensor padding, Tensor mask
+#define OPTIONS double scale, double keep, int64_t, int64_t, int64_t heads, char *layout, int64_t, int64_t sparse_mode
+#define OUTPUTS Tensor top, Tensor total, Tensor, Tensor out
+#define SAVED Tensor, Tensor, Tensor, Tensor
+#define GRADIENTS Tensor dq, Tensor dk, Tensor dv, Tensor
+#define ATTENTION(NAME, PARAMETERS, ...)                                                                              \
+  PREPARED(NAME, PARAMETERS,                                                                                          \
+           Arguments given(query, key, value, mask, sink, query_ends, key_ends, scale, heads, sparse_mode, layout),   \
+           (check_plain(shift, drop, padding, keep), check(given)), __VA_ARGS__)
+
+ATTENTION(FlashAttentionScore, (INPUTS, MASKS, Integers*, OPTIONS, OUTPUTS), forward(given, top, total, out))
+ATTENTION(FlashAttentionVarLenScore,
+          (INPUTS, MASKS, Integers*, Integers* query_ends, Integers* key_ends, OPTIONS, OUTPUTS),
+          forward(given, top, total, out))
+ATTENTION(FlashAttentionScoreV3,
+          (INPUTS, MASKS, Tensor sink, Integers*, Integers*, Integers*, OPTIONS, int64_t, OUTPUTS),
+          forward(given, top, total, out))
+ATTENTION(FlashAttentionScoreGrad, (INPUTS, Tensor grad, MASKS, SAVED, Integers*, OPTIONS, GRADIENTS),
+          backward(given, grad, dq, dk, dv, d_sink))
+ATTENTION(FlashAttentionUnpaddingScoreGrad,
+          (INPUTS, Tensor grad, MASKS, SAVED, Integers*, Integers* query_ends, Integers* key_ends, OPTIONS, GRADIENTS),
+          backward(given, grad, dq, dk, dv, d_sink))
+ATTENTION(FlashAttentionScoreGradV3,
+          (INPUTS, Tensor grad, MASKS, SAVED, Tensor sink, Integers*, Integers*, Integers*, OPTIONS, int64_t, GRADIENTS,
+           Tensor d_sink),
+          backward(given, grad, dq, dk, dv, d_sink))

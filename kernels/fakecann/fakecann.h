@@ -7,7 +7,8 @@
 //   FAKECANN_DEVICES   number of devices, 1 to 64 (default 8)
 //   FAKECANN_HBM_GIB   memory of each device (default 64; fractions allowed)
 //   FAKECANN_SOC       name of the chip (default Ascend910B1)
-//   FAKECANN_TRACE     a file that gets one line per operator and collective, in the order of execution
+//   FAKECANN_TRACE     a file that gets one line per operator and collective, in the order of execution, and one
+//                      (deterministic=1) when torch_npu asks for reproducible operators or no longer does
 //   FAKECANN_FAULT     one fault, see faults() below
 //   FAKECANN_TIMEOUT_S how long a collective waits for its peers (default 120)
 #pragma once
@@ -15,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -53,4 +55,21 @@ void trace(const std::string& name);
 bool owns(const void* data, size_t bytes);
 int current_device();
 
+// Success of a call that has one output.
+template <typename Output>
+int give(Output* output, std::type_identity_t<Output> value) {
+  *output = value;
+  return 0;
+}
+
 }  // namespace fakecann
+
+// Defines functions of the headers that read none of their arguments, as one function of this file. The compiler checks
+// that the headers have the name; the two warnings are about what they leave out.
+#define SAME_AS(FUNCTION, NAME) extern "C" decltype(NAME) NAME __attribute__((alias(#FUNCTION)));
+#define ACCEPTED(NAME) SAME_AS(accepted, NAME)
+#pragma GCC diagnostic ignored "-Wattribute-alias"
+#pragma GCC diagnostic ignored "-Wmissing-attributes"
+extern "C" {
+[[maybe_unused]] static int64_t accepted() { return 0; }
+}

@@ -30,25 +30,10 @@ aclError allocate(void** data, size_t bytes) {
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION,
                 "device " + std::to_string(device) + " has no " + std::to_string(bytes) + " bytes left");
   }
-  if (posix_memalign(data, ALIGNMENT, bytes ? bytes : ALIGNMENT)) {
-    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host has no memory left");
-  }
+  if (int code = aclrtMallocHost(data, bytes)) return fail(code, "the host has no memory left");
   if (bytes <= POISONED) std::memset(*data, 0xff, bytes);  // NaN in every floating-point type
   used[device] += bytes;
   blocks[static_cast<char*>(*data)] = {bytes, device};
-  return ACL_SUCCESS;
-}
-
-aclError copy(void* to, size_t room, const void* from, size_t bytes) {
-  if (int code = pending_error(true)) return code;
-  if (bytes > room) return fail(ACL_ERROR_RT_PARAM_INVALID, "a copy is larger than its destination");
-  std::memmove(to, from, bytes);
-  return ACL_SUCCESS;
-}
-
-aclError fill(void* data, size_t room, int value, size_t bytes) {
-  if (bytes > room) return fail(ACL_ERROR_RT_PARAM_INVALID, "a fill is larger than its destination");
-  std::memset(data, value, bytes);
   return ACL_SUCCESS;
 }
 
@@ -77,8 +62,7 @@ aclError aclrtFree(void* data) {
   if (found == blocks.end()) return fail(ACL_ERROR_RT_MEMORY_FREE, "freed memory that is not a block of the device");
   used[found->second.device] -= found->second.bytes;
   blocks.erase(found);
-  std::free(data);
-  return ACL_SUCCESS;
+  return aclrtFreeHost(data);
 }
 
 aclError aclrtMallocHost(void** data, size_t bytes) {
@@ -93,27 +77,33 @@ aclError aclrtFreeHost(void* data) {
 aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free, size_t* total) {
   std::lock_guard<std::mutex> lock(mutex);
   *total = settings().hbm_bytes;
-  *free = *total - used[current_device()];
-  return ACL_SUCCESS;
+  return give(free, *total - used[current_device()]);
 }
 
 aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind) {
-  return copy(to, room, from, bytes);
+  if (int code = pending_error(true)) return code;
+  if (bytes > room) return fail(ACL_ERROR_RT_PARAM_INVALID, "a copy is larger than its destination");
+  std::memmove(to, from, bytes);
+  return ACL_SUCCESS;
 }
 
-aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind, aclrtStream) {
-  return copy(to, room, from, bytes);
+aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind, aclrtStream) {
+  return aclrtMemcpy(to, room, from, bytes, kind);
 }
 
-aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind,
+aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind,
                                        aclrtStream) {
-  return copy(to, room, from, bytes);
+  return aclrtMemcpy(to, room, from, bytes, kind);
 }
 
-aclError aclrtMemset(void* data, size_t room, int32_t value, size_t bytes) { return fill(data, room, value, bytes); }
+aclError aclrtMemset(void* data, size_t room, int32_t value, size_t bytes) {
+  if (bytes > room) return fail(ACL_ERROR_RT_PARAM_INVALID, "a fill is larger than its destination");
+  std::memset(data, value, bytes);
+  return ACL_SUCCESS;
+}
 
 aclError aclrtMemsetAsync(void* data, size_t room, int32_t value, size_t bytes, aclrtStream) {
-  return fill(data, room, value, bytes);
+  return aclrtMemset(data, room, value, bytes);
 }
 
 }  // extern "C"

@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 namespace fakecann {
@@ -126,22 +127,25 @@ EXPORT int fakecannVersion() { return 1; }
 
 extern "C" {
 
-aclError aclInit(const char*) { return ACL_SUCCESS; }
-aclError aclFinalize() { return ACL_SUCCESS; }
 const char* aclrtGetSocName() { return settings().soc.c_str(); }
 
 const char* aclGetRecentErrMsg() {
-  shown.swap(message);
-  message.clear();
+  shown = std::exchange(message, "");
   return shown.c_str();
 }
 
-void aclAppLog(aclLogLevel, const char*, const char*, uint32_t, const char*, ...) {}
-
-aclError aclrtGetDeviceCount(uint32_t* count) {
-  *count = settings().devices;
+// torch_npu chooses its ways by the version of CANN. Before 8.5.0, or without one, it passes no determinism on; with
+// 9.1.0 it groups messages between ranks through one more library, libhcomm.
+aclError aclsysGetVersionStr(char*, char* version) {
+  std::strcpy(version, "8.5.0");
   return ACL_SUCCESS;
 }
+
+aclError aclsysGetCANNVersion(aclCANNPackageName, aclCANNPackageVersion* version) {
+  return give(version, {"8.5.0", "8", "5", "0", "", ""});
+}
+
+aclError aclrtGetDeviceCount(uint32_t* count) { return give(count, settings().devices); }
 
 aclError aclrtSetDevice(int32_t id) {
   if (id < 0 || id >= settings().devices) {
@@ -152,38 +156,31 @@ aclError aclrtSetDevice(int32_t id) {
   return pending_error(false);
 }
 
-aclError aclrtResetDevice(int32_t) { return ACL_SUCCESS; }
-
-aclError aclrtGetDevice(int32_t* id) {
-  if (device < 0) return ACL_ERROR_RT_CONTEXT_NULL;
-  *id = device;
-  return ACL_SUCCESS;
-}
+aclError aclrtGetDevice(int32_t* id) { return device < 0 ? ACL_ERROR_RT_CONTEXT_NULL : give(id, device); }
 
 // A context is the number of its device plus one, so that none is null.
 aclError aclrtGetCurrentContext(aclrtContext* context) {
   if (device < 0) return ACL_ERROR_RT_CONTEXT_NULL;
-  *context = reinterpret_cast<aclrtContext>(static_cast<intptr_t>(device) + 1);
-  return ACL_SUCCESS;
+  return give(context, reinterpret_cast<aclrtContext>(static_cast<intptr_t>(device) + 1));
 }
 
 aclError aclrtSetCurrentContext(aclrtContext context) {
-  device = static_cast<int>(reinterpret_cast<intptr_t>(context)) - 1;
-  return ACL_SUCCESS;
+  return give(&device, static_cast<int>(reinterpret_cast<intptr_t>(context)) - 1);
 }
 
 aclError aclrtGetPrimaryCtxState(int32_t, uint32_t* flags, int32_t* active) {
   if (flags) *flags = 0;
-  *active = 1;
-  return ACL_SUCCESS;
+  return give(active, 1);
 }
 
+// Parameters of the process and of a context are the same here; torch_npu sets both before every operator.
 static std::map<int, int64_t> parameters;
 static std::mutex parameters_mutex;
 
 aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) {
   std::lock_guard<std::mutex> lock(parameters_mutex);
-  parameters[option] = value;
+  int64_t before = std::exchange(parameters[option], value);
+  if (option == ACL_OPT_DETERMINISTIC && before != value) trace("deterministic=" + std::to_string(value));
   return ACL_SUCCESS;
 }
 
@@ -191,19 +188,18 @@ aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return a
 
 aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t* value) {
   std::lock_guard<std::mutex> lock(parameters_mutex);
-  *value = parameters[option];
-  return ACL_SUCCESS;
+  return give(value, parameters[option]);
 }
 
 // Cube and vector cores and second-level cache as on one 910B; nothing else is claimed about the chip.
 aclError aclrtGetDeviceInfo(uint32_t, aclrtDevAttr attribute, int64_t* value) {
-  *value = attribute == ACL_DEV_ATTR_AICORE_CORE_NUM ? 24 : attribute == ACL_DEV_ATTR_VECTOR_CORE_NUM ? 48 : 0;
-  return ACL_SUCCESS;
+  if (attribute == ACL_DEV_ATTR_AICORE_CORE_NUM) return give(value, 24);
+  return give(value, attribute == ACL_DEV_ATTR_VECTOR_CORE_NUM ? 48 : 0);
 }
 
 aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo property, int64_t* value) {
-  *value = property == ACL_DEVICE_INFO_AI_CORE_NUM ? 24 : property == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 48 : 192 << 20;
-  return ACL_SUCCESS;
+  if (property == ACL_DEVICE_INFO_AI_CORE_NUM) return give(value, 24);
+  return give(value, property == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 48 : 192 << 20);
 }
 
 aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* rate) {
@@ -211,25 +207,13 @@ aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* rate) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtDeviceCanAccessPeer(int32_t* possible, int32_t, int32_t) {
-  *possible = 1;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtDeviceEnablePeerAccess(int32_t, uint32_t) { return ACL_SUCCESS; }
-
-aclError aclrtDeviceGetBareTgid(int32_t* pid) {
-  *pid = 0;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode) { return ACL_SUCCESS; }
-aclError aclrtSetOpExecuteTimeOut(uint32_t) { return ACL_SUCCESS; }
-aclError aclrtSetOpWaitTimeout(uint32_t) { return ACL_SUCCESS; }
-aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
-aclError aclrtGetLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
-aclError aclmdlInitDump() { return ACL_SUCCESS; }
-aclError aclmdlFinalizeDump() { return ACL_SUCCESS; }
+aclError aclrtDeviceCanAccessPeer(int32_t* possible, int32_t, int32_t) { return give(possible, 1); }
+aclError aclrtDeviceGetBareTgid(int32_t* pid) { return give(pid, 0); }
 aclError aclmdlSetDump(const char*) { return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "dumps are not emulated"); }
 
 }  // extern "C"
+
+ACCEPTED(aclInit) ACCEPTED(aclFinalize) ACCEPTED(aclAppLog) ACCEPTED(aclrtResetDevice)
+ACCEPTED(aclrtDeviceEnablePeerAccess) ACCEPTED(aclrtSetDeviceSatMode) ACCEPTED(aclrtSetOpExecuteTimeOut)
+ACCEPTED(aclrtSetOpWaitTimeout) ACCEPTED(aclrtPeekAtLastError) ACCEPTED(aclrtGetLastError)
+ACCEPTED(aclmdlInitDump) ACCEPTED(aclmdlFinalizeDump)

@@ -3,37 +3,29 @@
 
 #include <acl/acl.h>
 
+#include <map>
+
 namespace fakecann {
 
 at::ScalarType scalar_type(int acl_type) {
-  switch (acl_type) {
-    case ACL_FLOAT:
-      return at::kFloat;
-    case ACL_FLOAT16:
-      return at::kHalf;
-    case ACL_BF16:
-      return at::kBFloat16;
-    case ACL_DOUBLE:
-      return at::kDouble;
-    case ACL_INT8:
-      return at::kChar;
-    case ACL_INT16:
-      return at::kShort;
-    case ACL_INT32:
-      return at::kInt;
-    case ACL_INT64:
-      return at::kLong;
-    case ACL_UINT8:
-      return at::kByte;
-    case ACL_BOOL:
-      return at::kBool;
-    case ACL_COMPLEX64:
-      return at::kComplexFloat;
-    case ACL_COMPLEX128:
-      return at::kComplexDouble;
-    default:
-      TORCH_CHECK(false, "the data type with number ", acl_type, " is not emulated");
-  }
+  static const std::map<int, at::ScalarType> types = {
+      {ACL_FLOAT, at::kFloat}, {ACL_FLOAT16, at::kHalf}, {ACL_BF16, at::kBFloat16}, {ACL_DOUBLE, at::kDouble},
+      {ACL_INT8, at::kChar},   {ACL_INT16, at::kShort},  {ACL_INT32, at::kInt},     {ACL_INT64, at::kLong},
+      {ACL_UINT8, at::kByte},  {ACL_BOOL, at::kBool},    {ACL_COMPLEX64, at::kComplexFloat},
+      {ACL_COMPLEX128, at::kComplexDouble}};
+  auto found = types.find(acl_type);
+  TORCH_CHECK(found != types.end(), "the data type with number ", acl_type, " is not emulated");
+  return found->second;
+}
+
+void store(const at::Tensor& output, const at::Tensor& result) {
+  TORCH_CHECK(output.numel() == result.numel(), "the result has shape ", result.sizes(), ", the output ",
+              output.sizes());
+  output.copy_(result.sizes() == output.sizes() ? result : result.reshape(output.sizes()));
+}
+
+void store(Tensor output, const at::Tensor& result) {
+  if (output) store(*output, result);
 }
 
 int plan(const char* name, uint64_t* workspace, Executor** executor, const std::function<void()>& check,
@@ -44,8 +36,7 @@ int plan(const char* name, uint64_t* workspace, Executor** executor, const std::
   } catch (const c10::Error& error) {
     return fail(INVALID_ARGUMENT, std::string(name) + ": " + error.what_without_backtrace());
   }
-  *executor = new Executor{name, std::move(body)};
-  return 0;
+  return give(executor, new Executor{name, std::move(body)});
 }
 
 int run(Executor* given) {
@@ -62,25 +53,25 @@ int run(Executor* given) {
   return 0;
 }
 
-void require_type(const char* what, const Tensor* tensor, std::initializer_list<at::ScalarType> allowed) {
+void require_type(const char* what, Tensor tensor, Types allowed) {
   if (!tensor) return;
   std::string names;
   for (auto type : allowed) {
-    if (tensor->view.scalar_type() == type) return;
+    if (tensor->scalar_type() == type) return;
     names += std::string(names.empty() ? "" : ", ") + c10::toString(type);
   }
-  TORCH_CHECK(false, what, " is of type ", tensor->view.scalar_type(), "; the operator takes ", names);
+  TORCH_CHECK(false, what, " is of type ", tensor->scalar_type(), "; the operator takes ", names);
 }
 
-void require_types(const char* what, const Tensors* tensors, std::initializer_list<at::ScalarType> allowed) {
-  for (auto* tensor : tensors->items) require_type(what, tensor, allowed);
+void require_range(const char* what, int64_t value, int64_t low, int64_t high) {
+  TORCH_CHECK(value >= low && value <= high, what, " is ", value, "; the operator takes ", low, " to ", high);
 }
 
 }  // namespace fakecann
 
 using namespace fakecann;
 
-EXPORT Tensor* aclCreateTensor(const int64_t* sizes, uint64_t count, int type, const int64_t* strides, int64_t offset,
+EXPORT Memory* aclCreateTensor(const int64_t* sizes, uint64_t count, int type, const int64_t* strides, int64_t offset,
                                int, const int64_t*, uint64_t, void* data) {
   auto dtype = scalar_type(type);
   std::vector<int64_t> shape(sizes, sizes + count), steps(count, 1);
@@ -89,72 +80,37 @@ EXPORT Tensor* aclCreateTensor(const int64_t* sizes, uint64_t count, int type, c
   char* start = static_cast<char*>(data) + offset * static_cast<int64_t>(c10::elementSize(dtype));
   auto view = at::from_blob(start, shape, steps, at::TensorOptions().dtype(dtype));
   size_t bytes = at::detail::computeStorageNbytes(shape, steps, c10::elementSize(dtype));
-  return new Tensor{view, view.numel() == 0 || owns(start, bytes)};
+  return new Memory{view, view.numel() == 0 || owns(start, bytes)};
 }
 
-EXPORT int aclDestroyTensor(Tensor* tensor) {
-  delete tensor;
+EXPORT at::Scalar* aclCreateScalar(void* value, int type) {
+  return new at::Scalar(at::from_blob(value, {}, at::TensorOptions().dtype(scalar_type(type))).item());
+}
+
+// Arrays and lists; a list owns what it lists.
+template <typename Item>
+std::vector<Item>* copied(const Item* items, uint64_t count) {
+  return new std::vector<Item>(items, items + count);
+}
+template <typename Object>
+int destroy(Object* object) {
+  if constexpr (requires { *object->front(); }) {
+    for (auto* item : *object) delete item;
+  }
+  delete object;
   return 0;
 }
-
-EXPORT Number* aclCreateScalar(void* value, int type) {
-  auto dtype = scalar_type(type);
-  return new Number{at::from_blob(value, {}, at::TensorOptions().dtype(dtype)).item()};
-}
-
-EXPORT int aclDestroyScalar(Number* number) {
-  delete number;
-  return 0;
-}
-
-EXPORT Integers* aclCreateIntArray(const int64_t* values, uint64_t count) {
-  return new Integers{{values, values + count}};
-}
-
-EXPORT int aclDestroyIntArray(Integers* integers) {
-  delete integers;
-  return 0;
-}
-
-EXPORT Booleans* aclCreateBoolArray(const bool* values, uint64_t count) {
-  return new Booleans{std::vector<bool>(values, values + count)};
-}
-
-EXPORT int aclDestroyBoolArray(Booleans* booleans) {
-  delete booleans;
-  return 0;
-}
-
-EXPORT Floats* aclCreateFloatArray(const float* values, uint64_t count) { return new Floats{{values, values + count}}; }
-
-EXPORT int aclDestroyFloatArray(Floats* floats) {
-  delete floats;
-  return 0;
-}
-
-EXPORT Tensors* aclCreateTensorList(Tensor* const* items, uint64_t count) {
-  return new Tensors{{items, items + count}};
-}
-
-EXPORT int aclDestroyTensorList(Tensors* tensors) {
-  for (auto* tensor : tensors->items) delete tensor;
-  delete tensors;
-  return 0;
-}
-
-EXPORT Numbers* aclCreateScalarList(Number* const* items, uint64_t count) {
-  return new Numbers{{items, items + count}};
-}
-
-EXPORT int aclDestroyScalarList(Numbers* numbers) {
-  for (auto* number : numbers->items) delete number;
-  delete numbers;
-  return 0;
-}
+#define LIST(KIND, ITEM)                                                                           \
+  EXPORT auto* aclCreate##KIND(const ITEM* items, uint64_t count) { return copied(items, count); } \
+  EXPORT int aclDestroy##KIND(std::vector<ITEM>* list) { return destroy(list); }
+LIST(IntArray, int64_t) LIST(BoolArray, bool)
+LIST(TensorList, Memory*) LIST(ScalarList, at::Scalar*)
+EXPORT int aclDestroyTensor(Memory* tensor) { return destroy(tensor); }
+EXPORT int aclDestroyScalar(at::Scalar* number) { return destroy(number); }
 
 // Operators whose output has a shape that depends on the data shrink their output; torch_npu reads its shape back here
 // and frees the array with delete[].
-EXPORT int aclGetViewShape(Tensor* tensor, int64_t** sizes, uint64_t* count) {
+EXPORT int aclGetViewShape(Memory* tensor, int64_t** sizes, uint64_t* count) {
   auto shape = tensor->view.sizes();
   *count = shape.size();
   *sizes = new int64_t[shape.size() + 1];

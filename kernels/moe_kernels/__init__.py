@@ -1,8 +1,8 @@
 """The hot operations of a mixture-of-experts transformer, one function each.
 
 `reference/` in plain PyTorch defines what each operation means; `npu/` computes the same through torch_npu's fused
-operators, `cpu/` by C++ that is compiled once for a machine. `dispatch.py` picks by the device of the first tensor;
-`device.py` is the only place that names devices.
+operators, `cpu/` by C++ that is compiled once for a machine, `triton/` by Triton on every other accelerator.
+`dispatch.py` picks by the device of the first tensor; `device.py` is the only place that names devices.
 
 Shapes: B batch, S queries, T tokens or keys, D hidden size or channels, H heads, R rotary channels, E experts,
 K experts per token, N = T * K routed rows (in hyper-connections: residual streams), F width of an expert, V vocabulary.

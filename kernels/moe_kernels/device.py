@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
+USUAL_CORES = 32  # of an accelerator that does not say
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 FAILURE = re.compile(r"ERR\d{5} .*")  # the line of a torch_npu error that says what failed
 DETERMINISM = {  # device -> what its libraries read from the environment when they start
@@ -139,6 +140,15 @@ def be_deterministic(device: torch.device) -> None:
 def threads() -> int:
     """CPU threads that PyTorch uses."""
     return torch.get_num_threads()
+
+
+def cores(device: torch.device) -> int:
+    """Processors of an accelerator that run programs side by side; a CPU, which only interprets those, has 1."""
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    names = ("multi_processor_count", "cube_core_num", "gpu_subslice_count")
+    return next((int(found) for name in names if (found := getattr(properties, name, None))), USUAL_CORES)
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:

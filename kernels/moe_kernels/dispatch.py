@@ -1,11 +1,12 @@
 """Which backend computes an operation: that of the tensor's device where it has the operation, else the reference.
 
-A backend is a folder beside `reference/` with the same file names: `cpu/`, `npu/` for tensors on Ascend. A backend of
-compiled code has a file `library`, whose `load()` says whether the code is there. A file of a backend may say in
-`NEEDS` which operators it calls, with the arguments that it passes; when this installation's operator lacks one of
-them, the reference computes instead and a warning says so, once. `reference_only` forces the reference everywhere,
-`withhold` for operations whose numbers nothing vouches for. A compiled graph keeps the choice that was made when it
-was compiled.
+A backend is a folder beside `reference/` with the same file names: `cpu/`, `npu/` for tensors on Ascend, `triton/` for
+every other accelerator and for what Ascend has no operator for; it is imported where it is used and not before. A
+backend of compiled code has a file `library`, whose `load(device type)` says whether the code is there. A file of a
+backend may say in `NEEDS` which operators it calls, with the arguments that it passes; when this installation's
+operator lacks one of them, the next backend computes instead and a warning says so, once. `reference_only` forces the
+reference everywhere, `withhold` for operations whose numbers nothing vouches for. A compiled graph keeps the choice
+that was made when it was compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cpu", "npu")  # device types that have a folder of their own
+ORDER = {"cpu": ("cpu",), "npu": ("npu", "triton"), "meta": ()}  # device type -> backends, the best first
+OTHERS = ("triton",)  # those of any other accelerator
 OPERATIONS = {  # operation -> the file that holds it
     "adamw_step": "adamw",
     "attention": "attention",
@@ -43,17 +45,13 @@ OPERATIONS = {  # operation -> the file that holds it
 }
 
 
-def _load(backend: str, name: str, file: str) -> Callable[..., Any]:
+def _load(backend: str, name: str) -> Callable[..., Any]:
     """The backend's function of that name, or the reference's where the backend has none."""
-    own = importlib.util.find_spec(f"moe_kernels.{backend}.{file}") is not None
-    return getattr(importlib.import_module(f"moe_kernels.{backend if own else 'reference'}.{file}"), name)
+    own = importlib.util.find_spec(f"moe_kernels.{backend}.{OPERATIONS[name]}") is not None
+    return getattr(importlib.import_module(f"moe_kernels.{backend if own else 'reference'}.{OPERATIONS[name]}"), name)
 
 
-FUNCTIONS = {
-    (backend, name): _load(backend, name, file)
-    for backend in ("reference", *BACKENDS)
-    for name, file in OPERATIONS.items()
-}
+FUNCTIONS = {(backend, name): _load(backend, name) for backend in ("reference", "cpu", "npu") for name in OPERATIONS}
 _forced = False  # of the whole process: backward passes and recomputation run in threads of their own
 
 
@@ -91,8 +89,8 @@ def chosen(device: torch.device) -> dict[str, str]:
 
 
 def backend_of(operation: str, device_type: str) -> str:
-    """The device's own backend if this installation has what it needs and nothing forces the reference."""
-    if _forced or device_type not in BACKENDS or (operation, device_type) in _withheld:
+    """The best backend of the device of which this installation has what it needs, unless the reference is forced."""
+    if _forced or (operation, device_type) in _withheld:
         return "reference"
     return _probe(operation, device_type)
 
@@ -103,16 +101,24 @@ backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @cache
 def _probe(operation: str, device_type: str) -> str:
-    if FUNCTIONS[device_type, operation] is FUNCTIONS["reference", operation]:
-        return "reference"
-    if importlib.util.find_spec(f"moe_kernels.{device_type}.library"):
-        return device_type if importlib.import_module(f"moe_kernels.{device_type}.library").load() else "reference"
-    needs = getattr(sys.modules[FUNCTIONS[device_type, operation].__module__], "NEEDS", {})
-    lacking = [text for name, arguments in needs.items() if (text := _lacks(device_type, name, arguments))]
+    able = (name for name in ORDER.get(device_type, OTHERS) if _can(name, operation, device_type))
+    return next(able, "reference")
+
+
+def _can(backend: str, operation: str, device_type: str) -> bool:
+    """Whether the backend has a function of its own for the operation, and this installation what that calls."""
+    reference = FUNCTIONS["reference", operation]
+    if FUNCTIONS.get((backend, operation)) is reference:
+        return False
+    if importlib.util.find_spec(f"moe_kernels.{backend}.library"):
+        if not importlib.import_module(f"moe_kernels.{backend}.library").load(device_type):
+            return False
+        return FUNCTIONS.setdefault((backend, operation), _load(backend, operation)) is not reference
+    needs = getattr(sys.modules[FUNCTIONS[backend, operation].__module__], "NEEDS", {})
+    lacking = [text for name, arguments in needs.items() if (text := _lacks(backend, name, arguments))]
     if lacking:
-        warnings.warn(f"{operation} uses the reference on {device_type}: {'; '.join(lacking)}", stacklevel=2)
-        return "reference"
-    return device_type
+        warnings.warn(f"{operation} cannot use the backend {backend}: {'; '.join(lacking)}", stacklevel=2)
+    return not lacking
 
 
 def _lacks(namespace: str, name: str, arguments: tuple[str, ...]) -> str:

@@ -61,15 +61,13 @@ def examine(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> l
     """All lines, in the order in which one depends on the other."""
     cards = bool(list(Path("/dev").glob("davinci[0-9]*")))
     smi = _output("npu-smi", "info") if cards else ""
-    lines = [
-        python(),
-        *packages(root),
-        driver(cards, smi),
-        chips(cards, smi),
-        firmware(cards),
-        cann(cards, environment),
-    ]
-    lines += [torch_npu(cards, installed("torch"), installed("torch-npu"), cann_version(environment))]
+    npu, stand_in = installed("torch-npu"), None if cards else emulator(environment)
+    lines = [python(), *packages(root)]
+    if stand_in:
+        lines += [emulation(stand_in, npu)]
+    else:
+        lines += [driver(cards, smi), chips(cards, smi), firmware(cards), cann(cards, environment)]
+    lines += [torch_npu(cards or bool(stand_in and npu), installed("torch"), npu, cann_version(environment))]
     lines += [triton(cards), *settings(cards, environment), memory(), files(), disk(root), clock(root), git(root)]
     return [*lines, dvc(root)]
 
@@ -146,6 +144,22 @@ def firmware(cards: bool) -> Line:
     return Line("firmware", OK, found[1])
 
 
+def emulator(environment: Mapping[str, str]) -> Path | None:
+    """Folder of kernels/fakecann's libraries where the loader finds them before those of CANN, else None."""
+    folders = [Path(folder) for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    first = next((folder for folder in folders if (folder / "libascendcl.so").is_file()), None)
+    return first if first and b"fakecannVersion" in (first / "libascendcl.so").read_bytes() else None
+
+
+def emulation(folder: Path, npu: str | None) -> Line:
+    """In place of driver, chips, firmware and CANN, which all are the emulator."""
+    if npu is None:
+        found = f"none: {folder} is in LD_LIBRARY_PATH, but this Python has no torch_npu, so the CPU trains"
+        return Line("npu", WARN, found, "PATH=$PWD/.venv-npu/bin:$PATH shovel doctor   # or unset LD_LIBRARY_PATH")
+    found = f"emulated on the CPU by {folder}: shows that torch_npu is called rightly, no speed, no card's numbers"
+    return Line("npu", WARN, found, "unset LD_LIBRARY_PATH and take .venv-npu/bin out of PATH: then the CPU trains")
+
+
 def cann_folder(environment: Mapping[str, str]) -> Path | None:
     candidates = [environment["ASCEND_HOME_PATH"]] if environment.get("ASCEND_HOME_PATH") else CANN_FOLDERS
     return next((Path(folder) for folder in candidates if Path(folder).is_dir()), None)
@@ -177,14 +191,16 @@ def compatibility(what: str) -> list[dict[str, str]]:
 
 
 def torch_npu(cards: bool, torch: str | None, npu: str | None, cann: str | None) -> Line:
-    """torch_npu goes with one torch and, as far as published, with one CANN."""
+    """torch_npu goes with one torch and, as far as published, with one CANN. cards: real, or emulated for it."""
     if npu is None:
         return Line("torch_npu", FAIL if cards else OK, "not installed", "make test-npu" if cards else "")
     if torch is None or torch.split("+")[0].split(".")[:2] != npu.split(".")[:2]:
         mend = f"pip install torch=={'.'.join(npu.split('.')[:3])}"
         return Line("torch_npu", FAIL, f"{npu} beside torch {torch}", mend)
-    pairs = compatibility("pairs")
-    fitting = next((pair["cann"] for pair in pairs if npu in pair["torch_npu"]), None)
+    if not cards and cann is None:
+        mend = "make test-npu   # shows how to emulate CANN; or use the Python of .venv, which has no torch_npu"
+        return Line("torch_npu", FAIL, f"{npu} without CANN and cards: `import torch` fails", mend)
+    fitting = next((pair["cann"] for pair in compatibility("pairs") if npu in pair["torch_npu"]), None)
     if cann is not None and fitting is not None and not cann.startswith(fitting):
         return Line("torch_npu", FAIL, f"{npu} with CANN {cann}", f"install CANN {fitting}, which belongs to {npu}")
     return Line("torch_npu", OK, npu if fitting or not cann else f"{npu}; its CANN is not in compatibility.json")
@@ -192,7 +208,11 @@ def torch_npu(cards: bool, torch: str | None, npu: str | None, cann: str | None)
 
 def triton(cards: bool) -> Line:
     found = installed("triton-ascend")
-    return Line("triton-ascend", OK, found or ("not installed; only torch.compile needs it" if cards else "not needed"))
+    return Line(
+        "triton-ascend",
+        OK,
+        found or ("not installed; torch.compile and some kernels need it" if cards else "not needed"),
+    )
 
 
 def settings(cards: bool, environment: Mapping[str, str]) -> list[Line]:

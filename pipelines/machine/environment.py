@@ -50,6 +50,7 @@ def stack(device: torch.device) -> dict[str, str]:
         "emulated": str(emulated(device)).lower(),
         "torch": torch.__version__,
         "torch_npu": installed("torch-npu") or "",
+        "triton": installed("triton") or installed("triton-ascend") or "",
         "cann": "" if emulated(device) else cann_version(os.environ) or "",
         "kernels": kernels.hexdigest()[:16],
     }
@@ -79,11 +80,11 @@ def require_passport(device: torch.device) -> None:
     """
     if _entries(device) is None:
         make_passport(device, if_absent=True)
-    found: dict[str, bool] = {}
+    found, chosen = {}, moe_kernels.chosen(device)
     for entry in _entries(device) or ():
-        if entry["part"] == "operation" and entry["backend"] == device.type:
+        if entry["part"] == "operation" and entry["backend"] == chosen.get(entry["name"]):
             found[entry["name"]] = found.get(entry["name"], True) and entry["passed"]
-    used = (name for name, backend in moe_kernels.chosen(device).items() if backend != "reference")
+    used = (name for name, backend in chosen.items() if backend != "reference")
     moe_kernels.withhold([name for name in used if not found.get(name)], device.type)
 
 

@@ -89,21 +89,21 @@ def passport(device: torch.device, file: Path, page: Path) -> dict[str, Any]:
             for entry in part(device):
                 entries.append(entry)
                 advance(1, f"{entry.name}, {entry.dtype}")
-            moe_kernels.withhold(suspect(entries, device), device.type)
+            moe_kernels.withhold(suspect(entries), device.type)
     content = {
         "stack": environment.stack(device),
         "passed": all(entry.passed for entry in entries),
         "entries": [_plain(entry) for entry in entries],
     }
     stage.write_json(file, content)
-    figures = [(entry.name, figure(entry)) for entry in entries if entry.losses]
+    figures = [(f"{entry.name}, {entry.dtype}", figure(entry)) for entry in entries if entry.losses]
     pages.write(page, "passport.html.j2", digest=environment.digest(file), figures=figures, **content)
     return content
 
 
-def suspect(entries: list[Entry], device: torch.device) -> list[str]:
-    """Operations of the device's own backend that do not pass."""
-    return [e.name for e in entries if e.part == "operation" and e.backend == device.type and not e.passed]
+def suspect(entries: list[Entry]) -> list[str]:
+    """Operations of which a kernel does not pass."""
+    return [e.name for e in entries if e.part == "operation" and e.backend != "reference" and not e.passed]
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -186,14 +186,21 @@ def curves(device: torch.device) -> Iterator[Entry]:
 
 
 def figure(entry: Entry) -> str:
-    """Both curves of an entry as an image for the page."""
-    picture = Figure(figsize=(4.6, 2.2))
-    axes = picture.subplots()
-    for values, style, label in zip(entry.losses, ("-", ":"), (entry.dtype, "reference"), strict=True):
-        axes.plot(values, style, label=label, linewidth=2)
-    axes.set(xlabel="step", ylabel="loss, nats")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Both curves of an entry, and below how far they are apart at each step, as an image for the page."""
+    ours, theirs = entry.losses
+    picture = Figure(figsize=(4.6, 3.2), layout="constrained")
+    above, below = picture.subplots(2, sharex=True, height_ratios=(3, 2))
+    above.plot(theirs, color="#c9d3de", linewidth=5, label="reference")
+    above.plot(ours, color="#245a8d", linewidth=1.4, label=entry.dtype)
+    above.set_ylabel("loss, nats")
+    above.legend(frameon=False)
+    least = 1e-6 * entry.tolerance  # where equal losses are drawn
+    below.semilogy([max(abs(a - b) / abs(b), least) for a, b in zip(ours, theirs, strict=True)], color="#245a8d")
+    below.axhline(entry.tolerance, color="#b3261e", linestyle="--", linewidth=1)
+    below.text(0, 1.5 * entry.tolerance, "tolerance", fontsize=8, color="#b3261e")
+    below.set(xlabel="step", ylabel="difference", ylim=(least, 30 * entry.tolerance))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
     return pages.inline_svg(picture)
 
 

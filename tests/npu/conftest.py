@@ -48,16 +48,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an Ascend card"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    waiting = [
-        report for report in terminalreporter.stats.get("skipped", []) if "needs an Ascend card" in report.longreprtext
-    ]
-    if waiting:
-        terminalreporter.section(f"NOT RUN: {len(waiting)} tests need an Ascend card")
-        for report in waiting:
-            terminalreporter.line(f"  {report.nodeid}")
-
-
 @pytest.fixture(scope="session")
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a snippet or a file in a new process, where settings of the emulator can differ."""

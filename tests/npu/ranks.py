@@ -61,6 +61,15 @@ def broadcast(rank: int, size: int, _: Path) -> None:
     equal(x, [size - 1.0] * 4)
 
 
+def reduce_and_scatter(rank: int, size: int, _: Path) -> None:
+    x, out = full(rank + 1, 3), full(-1, 2)
+    dist.reduce(x, dst=size - 1)
+    if rank == size - 1:
+        equal(x, [size * (size + 1) / 2] * 3)
+    dist.scatter(out, [full(other, 2) for other in range(size)] if rank == 0 else None, src=0)
+    equal(out, [float(rank)] * 2)
+
+
 def send_and_receive(rank: int, size: int, _: Path) -> None:
     """Around a ring, more than fits one mailbox."""
     x, out = full(rank, (32 << 18) + 7), full(-1, (32 << 18) + 7)
@@ -179,8 +188,8 @@ def reduce_twenty_times(rank: int, size: int, _: Path) -> None:
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
-        all_reduce, all_gather, reduce_scatter, broadcast, send_and_receive, uneven_all_to_all, subgroup,
-        expert_parallel, mesh_of_tensors, fully_sharded_training, checkpoint, reduce_twenty_times,
+        all_reduce, all_gather, reduce_scatter, broadcast, reduce_and_scatter, send_and_receive, uneven_all_to_all,
+        subgroup, expert_parallel, mesh_of_tensors, fully_sharded_training, checkpoint, reduce_twenty_times,
     )
 }  # fmt: skip
 

@@ -52,7 +52,7 @@ def test_an_operator_that_lacks_an_argument_falls_back_and_says_so(monkeypatch: 
 
     dispatch._probe.cache_clear()
     monkeypatch.setitem(rms_norm.NEEDS, "npu_rms_norm", ("gamma", "momentum"))
-    with pytest.warns(UserWarning, match="rms_norm uses the reference on npu: npu_rms_norm has no argument momentum"):
+    with pytest.warns(UserWarning, match="rms_norm cannot use the backend npu: npu_rms_norm has no argument momentum"):
         assert dispatch.chosen(torch.device("npu"))["rms_norm"] == "reference"
     dispatch._probe.cache_clear()
 

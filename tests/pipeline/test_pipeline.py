@@ -72,6 +72,11 @@ def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, 
     assert runs["fetch"].data.tags["dvc.dep.data/sources.yaml"] in lock
     history = client.get_metric_history(pretrain.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(12))
+    busiest = [point.value for point in client.get_metric_history(pretrain.info.run_id, "train/max_load_over_mean")]
+    balance = project.read("reports/pretrain.json")["balance"]
+    warm = busiest[balance["first_step"] :]
+    assert (balance["busiest"], balance["above_twice"]) == (max(warm), sum(load > 2 for load in warm) / len(warm))
+    assert {key: pretrain.data.metrics[f"balance/{key}"] for key in balance} == balance
     assert project.read("reports/runs/pretrain.json")["run_id"] == pretrain.info.run_id
 
 
@@ -95,7 +100,8 @@ def test_the_review_page_needs_no_network(project) -> None:
     page = (project.folder / "reports/review.html").read_text()
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//""", page)
     assert "<script" not in page and page.count("data:image/svg+xml") == 4
-    for word in ("shovel promote", "PSF-2.0", "5-gram", project.read("reports/runs/export.json")["run_id"]):
+    run_id = project.read("reports/runs/export.json")["run_id"]
+    for word in ("shovel promote", "PSF-2.0", "5-gram", "more than twice an equal share", run_id):
         assert word in page
 
 

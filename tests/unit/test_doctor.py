@@ -73,6 +73,26 @@ def test_cann_is_found_by_its_version_file(tmp_path: Path) -> None:
     assert doctor.cann(True, here) == Line("cann", OK, "8.5.0")
 
 
+def test_an_emulated_npu_takes_the_place_of_driver_and_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"LD_LIBRARY_PATH": f"{tmp_path}:/elsewhere"}
+    assert doctor.emulator(here) is None and doctor.emulator({}) is None
+    (tmp_path / "libascendcl.so").write_bytes(b"CANN itself")
+    assert doctor.emulator(here) is None
+    (tmp_path / "libascendcl.so").write_bytes(b"\0fakecannVersion\0")
+    assert doctor.emulator(here) == tmp_path
+    monkeypatch.setattr(doctor, "installed", {"torch": "2.13.0", "torch-npu": "2.13.0"}.get)
+    found = {line.part: line for line in doctor.examine(environment=here)}
+    assert "emulated on the CPU" in found["npu"].found and found["torch_npu"].state == OK and "driver" not in found
+    monkeypatch.setattr(doctor, "installed", {"torch": "2.13.0"}.get)
+    found = {line.part: line for line in doctor.examine(environment=here)}
+    assert "no torch_npu, so the CPU trains" in found["npu"].found and found["torch_npu"].state == OK
+
+
+def test_torch_npu_without_cann_is_a_fail() -> None:
+    line = doctor.torch_npu(False, "2.13.0", "2.13.0", None)
+    assert line.state == FAIL and "import torch" in line.found and "make test-npu" in line.mend
+
+
 def test_settings_that_slow_or_break_training_are_named() -> None:
     assert [line.state for line in doctor.settings(True, {})] == [OK]
     odd = {"ASCEND_LAUNCH_BLOCKING": "1", "HCCL_CONNECT_TIMEOUT": "30", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}

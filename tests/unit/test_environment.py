@@ -1,4 +1,4 @@
-"""What a run says of its device, and that nothing about speed leaves an emulated one."""
+"""What a training says of its device and of its experts, and that nothing about speed leaves an emulated device."""
 
 import json
 from dataclasses import replace
@@ -51,6 +51,17 @@ def test_a_real_training_tells_its_speed() -> None:
     assert metrics["energy_kwh"] == pytest.approx(40.0 * metrics["seconds"] / 3.6e6)
     assert "energy_kwh" not in training._metrics(MODEL, CONFIG, [RECORD] * 12, CPU, None)
     assert training._shown(RECORD, CPU) == RECORD and "of peak" in training._live(MODEL, CONFIG, RECORD, CPU)
+
+
+@pytest.mark.parametrize("schedule", ["warmup_steps", "batch_ramp_steps", "dense_attention_steps"])
+def test_balance_is_that_of_the_batches_after_the_warm_up(schedule: str) -> None:
+    loads = [(5.0, 0.0)] * 2 + [(1.5, 0.5)] * 18 + [(3.0, 0.0), (1.5, 0.4)]
+    table = pd.DataFrame(loads, columns=["max_load_over_mean", "min_load_over_mean"])
+    found = training._balance(table, replace(CONFIG, **{schedule: 2}))
+    expected = {"above_twice": 0.05, "busiest": 3.0, "busiest_ten_steps": 1.65, "idlest": 0.0, "idle": 1}
+    assert found == pytest.approx(expected | {"first_step": 2})
+    assert training._balance(table, replace(CONFIG, **{schedule: 22})) == {}
+    assert training._balance(table * float("nan"), CONFIG) == {}  # no layer has experts
 
 
 def test_the_curve_of_an_emulated_training_has_no_speed(on_an_emulated_npu: None, tmp_path) -> None:

@@ -105,14 +105,16 @@ def test_schedule_warms_up_stays_and_decays() -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Three shards; document k holds only the token k."""
+    """Three shards; document k holds only the token k; the two long ones come from sources of their own."""
     lengths = [[5, 9, 30], [17], [1, 2, 3, 40]]
+    names = ["a/0", "a/1", "b/2", "a/3", "a/4", "a/5", "a/6", "c/7"]
     shards, number = [], 0
     for shard, sizes in enumerate(lengths):
         tokens = np.concatenate([np.full(size, number + i) for i, size in enumerate(sizes)]).astype(np.uint16)
-        number += len(sizes)
+        documents, number = names[number : number + len(sizes)], number + len(sizes)
         tokens.tofile(tmp_path / f"train-{shard:05d}.bin")
-        shards.append({"file": f"train-{shard:05d}.bin", "offsets": [0, *np.cumsum(sizes).tolist()]})
+        offsets = [0, *np.cumsum(sizes).tolist()]
+        shards.append({"file": f"train-{shard:05d}.bin", "offsets": offsets, "documents": documents})
     (tmp_path / "manifest.json").write_text(json.dumps({"dtype": "uint16", "splits": {"train": {"shards": shards}}}))
     return tmp_path
 
@@ -135,6 +137,17 @@ def test_rows_are_a_pure_function_of_seed_and_index(corpus: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(mine, other, strict=True))
     other_seed = PackedTokens(corpus, "train", 10, seed=5)
     assert any(not np.array_equal(first.row(i)[0], other_seed.row(i)[0]) for i in range(10))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_batch_holds_the_sources_in_proportion(corpus: Path, epoch: int) -> None:
+    rows = PackedTokens(corpus, "train", sequence_length=1, seed=0)
+    start = epoch * rows.rows_per_epoch
+    owners = np.array([rows.row(start + index)[2][0] for index in range(rows.rows_per_epoch)])
+    for document, share in ((2, 30 / 107), (7, 40 / 107)):
+        seen = np.array([(owners[at : at + 10] == document).sum() for at in range(len(owners) - 10)])
+        assert abs(seen - 10 * share).max() <= 2
+    assert (np.diff(np.flatnonzero(owners == 3)) > 1).any()  # inside a source the order is random
 
 
 def test_a_corpus_shorter_than_a_row_is_refused(corpus: Path) -> None:

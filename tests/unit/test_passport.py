@@ -172,3 +172,14 @@ def test_that_of_this_processor_holds_every_comparison_and_passes() -> None:
     parts = [entry["part"] for entry in content["entries"]]
     assert (parts.count("block"), parts.count("curve")) == (12, 4) and content["passed"]
     assert {entry["name"] for entry in content["entries"] if entry["part"] == "operation"} == numerics.CASES.keys()
+
+
+def test_kernels_that_serve_any_device_need_an_entry_too(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backend is not called like the device."""
+    monkeypatch.setattr(dispatch, "_probe", lambda operation, device_type: "triton")
+    entry = {"part": "operation", "backend": "triton", "passed": True}
+    entries = [entry | {"name": "swiglu"}, entry | {"name": "rotate"}, entry | {"name": "rotate", "passed": False}]
+    monkeypatch.setattr(environment, "_entries", lambda device: entries)
+    with pytest.warns(UserWarning, match="no passport vouches for them"):
+        environment.require_passport(CPU)
+    assert {name for name, backend in moe_kernels.chosen(CPU).items() if backend == "triton"} == {"swiglu"}

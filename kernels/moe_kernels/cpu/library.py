@@ -37,7 +37,7 @@ class BuildError(RuntimeError):
 
 
 @cache
-def load() -> bool:
+def load(_device_type: str = "cpu") -> bool:
     """Register the compiled kernels, after compiling them where that is due; False: the reference has to compute."""
     try:
         torch.ops.load_library(str(library()))
