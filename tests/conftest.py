@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dvc.logger  # noqa: F401  its handlers write for ever to the stderr of its import, which no test may own
 import pytest
 from filelock import FileLock
 
