@@ -1,4 +1,7 @@
-"""Take files out of an archive, a folder or a single file, without trusting it.
+"""Take files out of an archive, a folder or a single file, without trusting it, into one archive of our own.
+
+One file a source instead of thousands: DVC and object stores count files. It is a zip without compression, whose bytes
+depend on names and contents alone.
 
 Refused, with one sentence and nothing left behind: paths that lead outside, links and devices among the chosen files,
 archives that unpack to more than the limit, damaged archives. Modes and owners are not taken over.
@@ -21,6 +24,7 @@ from pipelines.params import UserError
 
 BLOCK = 1 << 20
 MAX_ENTRIES = 1_000_000
+NO_TIME = (1980, 1, 1, 0, 0, 0)  # the first that a zip can name
 
 
 @dataclass(frozen=True)
@@ -75,21 +79,28 @@ class _Zip:
 
 
 def take(place: Path, patterns: list[str], target: Path, max_bytes: int) -> list[str]:
-    """Copy the files that match `patterns` from `place` into the folder `target`; returns their relative paths, sorted.
+    """Copy the files that match `patterns` from `place` into the new zip `target`; returns their paths in it, sorted.
 
     place: a folder, a tar or zip archive, or one file of text. A folder that holds everything in an archive is
     dropped from the paths. patterns: as in .gitignore. Raises `UserError`.
     """
     chosen = pathspec.PathSpec.from_lines("gitignore", patterns)
-    if place.is_dir():
-        return _take_from_folder(place, chosen, target, max_bytes)
+    with zipfile.ZipFile(target, "w") as packed:
+        if place.is_dir():
+            _take_from_folder(place, chosen, packed, max_bytes)
+        else:
+            _take_from_file(place, chosen, packed, max_bytes)
+        return sorted(packed.namelist())
+
+
+def _take_from_file(place: Path, chosen: pathspec.PathSpec, packed: zipfile.ZipFile, max_bytes: int) -> None:
     try:
         archive = _open(place)
         if archive is None:
-            _copy(place.open("rb"), target / place.name, max_bytes, place.name)
-            return [place.name]
+            _copy(place.open("rb"), packed, place.name, max_bytes, place.name)
+            return
         with closing(archive):
-            return _take_from_archive(archive, chosen, target, max_bytes, place.name)
+            _take_from_archive(archive, chosen, packed, max_bytes, place.name)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"the archive {place.name} is damaged or protected ({error}); fetch it again.") from None
 
@@ -105,21 +116,19 @@ def _open(path: Path) -> Archive | None:
 
 
 def _take_from_archive(
-    archive: Archive, chosen: pathspec.PathSpec, target: Path, max_bytes: int, label: str
-) -> list[str]:
-    entries = list(_checked_entries(archive, max_bytes, label))
-    top = _common_folder([entry.name for entry in entries if not entry.directory])
-    taken, room = [], max_bytes
-    for entry in entries:
+    archive: Archive, chosen: pathspec.PathSpec, packed: zipfile.ZipFile, max_bytes: int, label: str
+) -> None:
+    entries = {entry.name: entry for entry in _checked_entries(archive, max_bytes, label)}  # of equal names the last
+    top = _common_folder([entry.name for entry in entries.values() if not entry.directory])
+    room = max_bytes
+    for entry in entries.values():
         path = entry.name[len(top) :]
         if entry.directory or not chosen.match_file(path):
             continue
         if not entry.regular:
             raise UserError(f"the archive {label} holds a link or device ({entry.name}); take it out of `files`.")
         with archive.open(entry.name) as opened:
-            room -= _copy(opened, target / path, room, label)
-        taken.append(path)
-    return sorted(taken)
+            room -= _copy(opened, packed, path, room, label)
 
 
 def _checked_entries(archive: Archive, max_bytes: int, label: str) -> Iterator[Entry]:
@@ -149,21 +158,18 @@ def _common_folder(names: list[str]) -> str:
     return f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in names) else ""
 
 
-def _take_from_folder(folder: Path, chosen: pathspec.PathSpec, target: Path, max_bytes: int) -> list[str]:
-    taken, room = [], max_bytes
+def _take_from_folder(folder: Path, chosen: pathspec.PathSpec, packed: zipfile.ZipFile, max_bytes: int) -> None:
+    room = max_bytes
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder).as_posix()
         if file.is_file() and not file.is_symlink() and chosen.match_file(path):
-            room -= _copy(file.open("rb"), target / path, room, folder.name)
-            taken.append(path)
-    return taken
+            room -= _copy(file.open("rb"), packed, path, room, folder.name)
 
 
-def _copy(source: IO[bytes], target: Path, room: int, label: str) -> int:
+def _copy(source: IO[bytes], packed: zipfile.ZipFile, path: str, room: int, label: str) -> int:
     """Copy at most `room` bytes, whatever the archive claims; returns how many."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     copied = 0
-    with source, target.open("wb") as file:
+    with source, packed.open(zipfile.ZipInfo(path, NO_TIME), "w", force_zip64=True) as file:
         while block := source.read(BLOCK):
             copied += len(block)
             if copied > room:

@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,7 +66,7 @@ def clean(params: Clean, raw: Path, documents: Path, chat: Path, run: Run | None
     profile: dict[str, Any] = {}
     with stage.progress("clean", sum(len(source["files"]) for source in sources)) as advance:
         for source in sources:
-            found, dropped = _rows_of(source, raw / source["name"], params, advance)
+            found, dropped = _rows_of(source, raw / f"{source['name']}.zip", params, advance)
             raw_documents = len(found) + dropped.total()
             profile[source["name"]] = {"use": source["use"], "raw_documents": raw_documents, "dropped": dropped}
             rows += [piece for row in found for piece in _split_long(row, params.max_characters)]
@@ -84,9 +85,9 @@ def clean(params: Clean, raw: Path, documents: Path, chat: Path, run: Run | None
     return profile
 
 
-def _rows_of(source: dict[str, Any], folder: Path, params: Clean, advance: Any) -> tuple[list[Row], Counter[str]]:
+def _rows_of(source: dict[str, Any], packed: Path, params: Clean, advance: Any) -> tuple[list[Row], Counter[str]]:
     """Every document of one source, in order of path; and how many were dropped by reason."""
-    work = partial(read, folder, source["format"], source["use"])
+    work = partial(read, packed, source["format"], source["use"])
     rows, dropped = [], Counter[str]()
     for file, items in zip(source["files"], _side_by_side(work, source["files"], advance), strict=True):
         part = 0
@@ -131,17 +132,17 @@ def _markup(kind: str, use: str, suffix: str) -> str:
     return MARKUP.get(suffix, "") if kind == "auto" else "" if kind == "text" else kind
 
 
-def read(folder: Path, kind: str, use: str, path: str) -> list[Item]:
-    """The documents or dialogues of one file; a file that gives nothing gives its reason."""
-    file = folder / path
-    markup = _markup(kind, use, file.suffix)
+def read(packed: Path, kind: str, use: str, path: str) -> list[Item]:
+    """The documents or dialogues of the file `path` in a zip; a file that gives nothing gives its reason."""
+    content = _opened(packed, packed.stat().st_mtime_ns).read(path)
+    markup = _markup(kind, use, Path(path).suffix)
     if markup == "parquet":
         try:
-            return _from_records(pq.read_table(file).to_pylist(), use)
+            return _from_records(pq.read_table(pa.BufferReader(content)).to_pylist(), use)
         except pa.ArrowInvalid:
             return [Item(dropped="binary")]
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return [Item(dropped="binary")]
     if "\0" in text:
@@ -152,6 +153,12 @@ def read(folder: Path, kind: str, use: str, path: str) -> list[Item]:
         good, malformed = dialogues_in(text)
         return [Item(messages=_normal_dialogue(turns)) for turns in good] + [Item(dropped="malformed")] * malformed
     return [_document({"rst": rst_to_text, "po": po_to_text}.get(markup, str)(text), "")]
+
+
+@lru_cache(maxsize=1)
+def _opened(packed: Path, changed_ns: int) -> ZipFile:
+    """The zip, opened once a process, and again when it is another one."""
+    return ZipFile(packed)
 
 
 def _from_jsonl(text: str, use: str) -> list[Item]:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from pipelines import lineage, register, stage, tracking
-from pipelines.evaluate import interval
+from pipelines.bootstrap import interval
 from pipelines.params import Register, read_yaml
 from pipelines.trust import evidence
 

@@ -24,6 +24,7 @@ from model.generate import generate
 from model.score import diagnose, score, window_tokens
 from model.transformer import MoETransformer
 from pipelines import models, stage
+from pipelines.bootstrap import interval
 from pipelines.corpus import dialogues, heldout
 from pipelines.encode import BOS, EOS, load_encoder
 from pipelines.finetune import mark_assistant
@@ -32,7 +33,6 @@ from pipelines.params import Evaluate, Params
 from pipelines.tracking import Run
 
 MODELS, CLEAN, CHAT, REPORTS = Path("data/models"), Path("data/clean"), Path("data/chat"), Path("reports")
-RESAMPLES = 2000  # of documents, for the confidence interval
 DIAGNOSED = 16  # documents that the figures of health are taken on
 
 
@@ -96,12 +96,6 @@ def bits_per_byte(table: pd.DataFrame) -> float:
 def confidence_interval(table: pd.DataFrame) -> list[float]:
     """95 % interval of bits per byte, by a bootstrap over documents."""
     return (interval(table["nats"].to_numpy(), table["bytes"].to_numpy()) / math.log(2)).tolist()
-
-
-def interval(parts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """95 % interval of sum(parts) / sum(sizes), by a bootstrap over their pairs; [2]."""
-    draws = np.random.default_rng(0).integers(len(parts), size=(RESAMPLES, len(parts)))
-    return np.quantile(parts[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
 
 
 def _by(table: pd.DataFrame, column: str) -> dict[str, dict[str, float]]:

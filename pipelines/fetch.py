@@ -2,14 +2,15 @@
 
     python -m pipelines.fetch           data/sources.yaml -> data/raw
 
-Downloads are kept in .downloads under their sha256, so each is made once. The manifest beside the files says what
-came from where, under which licence. When anything fails, the data/raw of before stays as it was.
+Downloads are kept in .downloads under their sha256, so each is made once. data/raw holds one zip a source, and a
+manifest that says what came from where, under which licence. When anything fails, the one of before stays as it was.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from pipelines import stage
 from pipelines.archives import take
@@ -22,24 +23,25 @@ SOURCES, RAW, OWN = Path("data/sources.yaml"), Path("data/raw"), Path("data/own"
 
 
 def fetch(params: Fetch, sources: Path, raw: Path, cache: Path, run: Run | None = None) -> dict[str, Any]:
-    """Write the folder `raw`: one folder a source and manifest.json. Returns files and bytes by source."""
+    """Write the folder `raw`: one zip a source and manifest.json. Returns files and bytes by source."""
     manifest = []
     with stage.replacing(raw) as fresh:
         fresh.mkdir()
         for source in load_sources(sources):
-            manifest.append(_fetch_one(source, fresh / source.name, cache, params))
+            manifest.append(_fetch_one(source, fresh / f"{source.name}.zip", cache, params))
         stage.write_json(fresh / "manifest.json", {"sources": manifest})
     return {entry["name"]: {"files": len(entry["files"]), "bytes": entry["bytes"]} for entry in manifest}
 
 
-def _fetch_one(source: PypiSource | UrlSource | PathSource, folder: Path, cache: Path, params: Fetch) -> dict[str, Any]:
-    """Obtain, unpack, and describe one source."""
+def _fetch_one(source: PypiSource | UrlSource | PathSource, packed: Path, cache: Path, params: Fetch) -> dict[str, Any]:
+    """Obtain one source, take the files that are wanted, and describe them."""
     place = source.obtain(cache, params)
     _warn_unwatched(source)
-    files = take(place, source.files, folder, params.max_unpacked_mib << 20)
+    files = take(place, source.files, packed, params.max_unpacked_mib << 20)
     if not files:
         raise UserError(f"source `{source.name}`: no file matches `files` {source.files}; correct the patterns.")
-    size = sum((folder / file).stat().st_size for file in files)
+    with ZipFile(packed) as archive:
+        size = sum(info.file_size for info in archive.infolist())
     stage.say(f"fetch      {source.name}: {len(files):,} files, {size / 1e6:.1f} MB ({source.licence})")
     return {
         "name": source.name,

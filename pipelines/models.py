@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import model
 from model.config import ModelConfig, count_parameters
-from model.hf import load_pretrained
-from model.transformer import MoETransformer
 from pipelines.params import UserError
+
+if TYPE_CHECKING:
+    from model import MoETransformer
 
 
 def load(folder: Path, made_by: str) -> MoETransformer:
@@ -17,7 +19,7 @@ def load(folder: Path, made_by: str) -> MoETransformer:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is missing; `dvc repro {made_by}` makes it, `dvc pull` fetches it.")
     try:
-        return load_pretrained(folder)
+        return model.load_pretrained(folder)  # imports PyTorch, which `describe` does without
     except ValueError as error:
         raise UserError(f"{error}; `dvc checkout {folder}` brings it back.") from None
 

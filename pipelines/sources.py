@@ -30,7 +30,7 @@ SHA256 = r"^[0-9a-f]{64}$"
 class Source(Section):
     """What every kind of source says about itself."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="folder below data/raw")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="of its zip in data/raw")
     kind: str
     licence: str = Field(min_length=1, description="SPDX identifier")
     language: str = Field(

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,17 @@ def is_local() -> bool:
     return not uri().startswith("http")
 
 
+def load() -> None:
+    """Import what `connect` needs, two seconds, while something else is waited for."""
+    import_module("mlflow.store.tracking.sqlalchemy_store" if is_local() else "mlflow")
+
+
 def connect() -> MlflowClient:
     """A client whose database exists: the first use of an empty one happens behind a lock, one process at a time.
 
     Raises `UserError` when the server or the database does not answer.
     """
-    from mlflow import MlflowClient  # two seconds of import
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -482,8 +488,7 @@ def page_of(client: MlflowClient, version: ModelVersion) -> Path:
 
 def ui_address(port: int) -> str:
     """The training view of a server on this machine."""
-    client = connect()
-    return f"http://127.0.0.1:{port}/#/experiments/{experiment_id(client)}/runs?workflowType=machine_learning"
+    return f"http://127.0.0.1:{port}/#/experiments/{experiment_id(connect())}/runs?workflowType=machine_learning"
 
 
 def ui_command(port: int) -> tuple[list[str], dict[str, str]]:

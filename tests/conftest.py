@@ -12,8 +12,12 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dvc.logger  # noqa: F401  its handlers write for ever to the stderr of its import, which no test may own
 import pytest
 from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import forked  # noqa: E402
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -161,10 +165,11 @@ class Project:
         words = [sys.executable, "-m", *command] if command[0] in ("dvc", "mlflow") else list(command)
         words = [sys.executable, *command[1:]] if command[0] == "python" else words
         if command[0] == "shovel":
-            words = [sys.executable, "-m", "pipelines.cli", *command[1:]]
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True
-        )
+            done = forked(words[1:], self.folder, self.environment(**environment))
+        else:
+            done = subprocess.run(
+                words, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True
+            )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 USUAL_CORES = 32  # of an accelerator that does not say
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-COLLECTIVES = {"npu": "hccl", "mlu": "cncl", "musa": "mccl", "sdaa": "tccl", "cuda": "nccl", "cpu": "gloo"}
 FAILURE = re.compile(r"ERR\d{5} .*")  # the line of a torch_npu error that says what failed
 DETERMINISM = {  # device -> what its libraries read from the environment when they start
     "npu": {"HCCL_DETERMINISTIC": "true"},
@@ -65,12 +64,6 @@ def default() -> torch.device:
     return found or torch.device("cpu")
 
 
-def collective(device: torch.device) -> str:
-    """Backend for torch.distributed: the device's own collectives, with gloo for objects on the host."""
-    name = COLLECTIVES.get(device.type, "gloo")
-    return name if device.type == "cpu" else f"cpu:gloo,{device.type}:{name}"
-
-
 def name(device: torch.device) -> str:
     """What a person calls this device: the processor's model name on a CPU, the backend's name elsewhere."""
     if device.type != "cpu":
@@ -101,12 +94,6 @@ def memory(device: torch.device) -> Memory:
         return Memory(module.memory_allocated(device), module.max_memory_allocated(device), total)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     return Memory(psutil.Process().memory_info().rss, peak, psutil.virtual_memory().total)
-
-
-def supports_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run natively; a device that does not say is believed to."""
-    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None) if device.type != "cpu" else None
-    return bool(ask()) if ask is not None else True
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

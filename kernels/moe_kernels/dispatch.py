@@ -99,12 +99,15 @@ def chosen(device: torch.device) -> dict[str, str]:
     return {name: backend_of(name, device.type) for name in OPERATIONS}
 
 
-@torch.compiler.assume_constant_result
 def backend_of(operation: str, device_type: str) -> str:
     """The best backend of the device of which this installation has what it needs, unless the reference is forced."""
     if _forced or (operation, device_type) in _withheld:
         return "reference"
     return _probe(operation, device_type)
+
+
+# torch.compiler.assume_constant_result sets this too, but imports the compiler, two seconds, into every process.
+backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -98,12 +100,18 @@ def demo() -> None:
 
 def _fit_to_device() -> None:
     """Where params.yaml is still a preset of the demo: the short one if an emulated device computes, else the long."""
-    from moe_kernels import device as devices
-
-    wanted = "emulated" if devices.default().type == "npu" and devices.emulated() else "demo"
-    other = "demo" if wanted == "emulated" else "emulated"
+    wanted, other = ("emulated", "demo") if _device_is_emulated() else ("demo", "emulated")
     if PARAMS.read_bytes() == (PRESETS / f"{other}.yaml").read_bytes():
         use(wanted)
+
+
+def _device_is_emulated() -> bool:
+    """Whether an emulated Ascend would compute; PyTorch, seconds of import, is asked only where its plugin is."""
+    if find_spec("torch_npu") is None:
+        return False
+    from moe_kernels import device as devices
+
+    return devices.default().type == "npu" and devices.emulated()
 
 
 def link() -> None:
@@ -149,7 +157,10 @@ def _dvc() -> list[str]:
 
 def _repro(stages: list[str]) -> None:
     """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
+    from pipelines import tracking
+
     start = time.monotonic()
+    threading.Thread(target=tracking.load, daemon=True).start()  # what comes next needs it, and DVC is another process
     code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
     if code:
         typer.echo(f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what is named above", err=True)

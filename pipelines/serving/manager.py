@@ -31,10 +31,6 @@ class Manager:
                 self._draining.append(threading.Thread(target=old.close, name=f"drain {old.version}"))
                 self._draining[-1].start()
 
-    def drained(self) -> bool:
-        """Whether no old engine works any more."""
-        return not any(thread.is_alive() for thread in self._draining)
-
     def close(self) -> None:
         """Answer what is here and end all engines. Waits."""
         with self._lock:

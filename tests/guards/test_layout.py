@@ -1,6 +1,7 @@
 """Promises about the tree itself."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -40,3 +41,16 @@ def test_mlflow_has_one_door() -> None:
     ours = [path for path in SOURCES if path.parent.name != "server"]
     users = [path.name for path in ours if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)]
     assert users == ["tracking.py"]
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("model.train", ["torch._dynamo", "mlflow"]), ("pipelines.review", ["torch", "mlflow"]),
+     ("pipelines.register", ["torch", "mlflow", "dvc"])],
+)  # fmt: skip
+def test_what_takes_seconds_is_imported_where_it_is_needed(module: str, heavy: list[str]) -> None:
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import training
 from cases import chosen_experts, distance, random
-from moe_kernels import device
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -199,7 +198,7 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     torch.npu.set_device(rank)
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group(device.collective(torch.device("npu")), store=store, rank=rank, world_size=size)
+    dist.init_process_group("cpu:gloo,npu:hccl", store=store, rank=rank, world_size=size)
     found = {}
     for name in names:
         try:

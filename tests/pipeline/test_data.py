@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,11 @@ PARAMS = load_params(ROOT / "params.yaml")
 def raw(folder: Path, **sources: dict) -> Path:
     """data/raw with sources {name: {"use": ..., "files": {path: text or bytes}}}."""
     entries = []
+    folder.mkdir(parents=True, exist_ok=True)
     for name, source in sources.items():
-        for path, content in source["files"].items():
-            (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name / path).write_bytes(content.encode() if isinstance(content, str) else content)
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as packed:
+            for path, content in source["files"].items():
+                packed.writestr(path, content)
         files = [{"path": path, "language": "en"} for path in source["files"]]
         entries.append({"name": name, "licence": "MIT", "use": source["use"], "format": "auto", "files": files})
     (folder / "manifest.json").write_text(json.dumps({"sources": entries}))

@@ -68,13 +68,19 @@ def get(folder: Path, **entry: object) -> dict:
     return fetch(PARAMS, sources(folder, **entry), folder / "raw", folder / "cache")
 
 
+def taken(folder: Path, path: str) -> bytes:
+    return zipfile.Path(folder / "raw/mine.zip", path).read_bytes()
+
+
 @pytest.mark.parametrize("path", ["/ranges.bin", "/whole"])
 def test_a_broken_download_is_completed(tmp_path: Path, server: str, path: str) -> None:
     get(tmp_path, kind="url", url=server + path, sha256=sha256(CONTENT))
-    assert (tmp_path / "raw" / "mine" / path[1:]).read_bytes() == CONTENT
+    assert taken(tmp_path, path[1:]) == CONTENT
+    first = (tmp_path / "raw/mine.zip").read_bytes()
     assert [asked for _, asked in Flaky.requests] == [None, f"bytes={len(CONTENT) // 2}-"]
     get(tmp_path, kind="url", url=server + path, sha256=sha256(CONTENT))
     assert len(Flaky.requests) == 2, "a second fetch takes the kept download"
+    assert (tmp_path / "raw/mine.zip").read_bytes() == first, "equal sources give equal bytes, whatever the time"
 
 
 def test_a_server_that_is_down_is_retried_and_named(tmp_path: Path, server: str) -> None:
@@ -93,7 +99,7 @@ def test_a_wrong_checksum_stops_and_the_old_output_stays(tmp_path: Path) -> None
     (tmp_path / "text.txt").write_text("changed")
     with pytest.raises(UserError, match=f"sha256 {sha256(b'changed')}, not {'0' * 64}"):
         get(tmp_path, kind="url", url=address, sha256="0" * 64)
-    assert (tmp_path / "raw/mine/text.txt").read_text() == "good text"
+    assert taken(tmp_path, "text.txt") == b"good text"
     assert not list((tmp_path / "cache").glob("*.part")) and not list(tmp_path.glob(".raw*"))
 
 
@@ -116,12 +122,12 @@ def test_pypi_goes_through_pip_and_its_configuration(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     entry = {"kind": "pypi", "package": "corpus-of-mine", "version": "1.0", "archive": "wheel", "files": ["*.txt"]}
     get(tmp_path, **entry, sha256=sha256(path.read_bytes()))
-    assert (tmp_path / "raw/mine/corpus_of_mine/text.txt").read_text() == "hello"
+    assert taken(tmp_path, "corpus_of_mine/text.txt") == b"hello"
     with pytest.raises(UserError, match="has sha256 .*, not 000"):
         get(tmp_path, **entry, sha256="0" * 64)
     with pytest.raises(UserError, match="corpus-of-mine 2.0 .*could not be downloaded"):
         get(tmp_path, **entry | {"version": "2.0"}, sha256="1" * 64)
-    assert (tmp_path / "raw/mine/corpus_of_mine/text.txt").read_text() == "hello"
+    assert taken(tmp_path, "corpus_of_mine/text.txt") == b"hello"
 
 
 def tar(path: Path, *members: tuple[str, bytes | str]) -> Path:
@@ -180,8 +186,10 @@ def test_a_truncated_archive_is_called_damaged(tmp_path: Path) -> None:
 
 
 def test_patterns_choose_and_the_common_folder_goes(tmp_path: Path) -> None:
-    path = tar(tmp_path / "good.tar.gz", ("top/docs/a.txt", b"a"), ("top/docs/skip/b.txt", b"b"), ("top/c.py", b"c"))
+    twice = [("top/docs/a.txt", b"a first time"), ("top/docs/a.txt", b"a")]
+    path = tar(tmp_path / "good.tar.gz", *twice, ("top/docs/skip/b.txt", b"b"), ("top/c.py", b"c"))
     get(tmp_path, kind="path", path=str(path), files=["docs/**", "!docs/skip/"])
+    assert taken(tmp_path, "docs/a.txt") == b"a", "of members of one name the last counts, as in tar"
     manifest = json.loads((tmp_path / "raw/manifest.json").read_text())
     assert manifest["sources"][0]["files"] == [{"language": "en", "path": "docs/a.txt"}]
     with pytest.raises(UserError, match="no file matches"):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
 from in_toto_attestation.v1.statement import Statement
 from mlflow import MlflowClient
-from pipelines.verify import verify
 
 from pipelines.trust import decisions, keys, statement
+from pipelines.trust.verify import verify
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
 

@@ -11,16 +11,6 @@ from moe_kernels import device
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [("cpu", "gloo"), ("npu", "cpu:gloo,npu:hccl"), ("cuda", "cpu:gloo,cuda:nccl"), ("mlu", "cpu:gloo,mlu:cncl"),
-     ("musa", "cpu:gloo,musa:mccl"), ("sdaa", "cpu:gloo,sdaa:tccl")],
-)  # fmt: skip
-def test_collectives(kind: str, backend: str) -> None:
-    fake = type("Device", (), {"type": kind})()  # torch.device knows only the devices of this build
-    assert device.collective(fake) == backend
-
-
 def test_memory_of_the_host_grows_with_what_is_held() -> None:
     before = device.memory(CPU)
     with mmap.mmap(-1, 64 << 20) as held:  # not from malloc, which may have pages to spare from tests before
