@@ -31,7 +31,7 @@ test-npu: .venv-npu/installed ## tests through torch_npu: on Ascend cards where 
 	@$(WITH_NPU) python -m pytest tests/npu
 
 test-triton: .venv-triton/installed ## tests of the Triton kernels, by Triton's interpreter and its compiler, on the CPU
-	@OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/triton
+	@OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/triton_kernels
 
 lab: .venv/installed-lab ## JupyterLab on 127.0.0.1, with the notebooks, git, MLflow and DVC's plots
 	@JUPYTER_CONFIG_PATH=notebooks/.jupyter jupyter lab

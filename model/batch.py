@@ -231,4 +231,5 @@ def _copied(cache: Cache) -> Cache:
 
 def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:
     """Logits [R, V] fp32."""
-    return skinny_linear(hidden_RD, net.lm_head.weight).float()
+    rows, multiple = len(hidden_RD), 1 if net.decodes() else MULTIPLE
+    return skinny_linear(F.pad(hidden_RD, (0, 0, 0, -rows % multiple)), net.lm_head.weight)[:rows].float()

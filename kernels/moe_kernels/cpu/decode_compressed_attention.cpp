@@ -28,7 +28,7 @@ struct Compressor {
   int64_t channels() const { return halves * width; }
 
   // Values and gates of all rows, side by side.
-  std::vector<float> project(int64_t count, const Rows& x) const {
+  std::vector<float> project(int64_t count, const Strided& x) const {
     std::vector<float> found(count * 2 * channels());
     thin_parallel(count, x, value, found.data(), 2 * channels());
     thin_parallel(count, x, gate, found.data() + channels(), 2 * channels());
@@ -128,7 +128,7 @@ Tensor decode_compressed_attention(const Tensor& x, const Tensor& lengths, const
   if (!indexing.empty()) indexer.emplace(indexing, caches, 0, 6);
   const Sizes z{x.size(0), x.size(1), heads, width, window.slots, indexer ? indexing[5].size(0) : 0, top_k, float(eps)};
   const int64_t tokens = z.tokens(), all = heads * width;
-  const Rows in{floats(x), hidden};
+  const Strided in{floats(x), hidden};
   std::vector<float> low(tokens * rank), q(tokens * all), key(tokens * width), out(tokens * all, 0.0f);
   std::vector<float> fresh, fresh_index, index_q, index_weights;
   thin_parallel(tokens, in, q_a, low.data(), rank);

@@ -19,7 +19,7 @@ struct Sizes {
 };
 
 // x through a and b with a norm between, or through b alone.
-void queries(const Sizes& z, const Rows& x, const std::vector<Tensor>& weights, float eps, float* q) {
+void queries(const Sizes& z, const Strided& x, const std::vector<Tensor>& weights, float eps, float* q) {
   const Tensor& b = weights.back();
   if (weights.size() == 1) return thin_parallel(z.tokens(), x, b, q, b.size(0));
   const int64_t rank = weights[0].size(0);
@@ -46,7 +46,7 @@ Tensor decode_latent_attention(const Tensor& x, const Tensor& lengths, const Ten
   const int64_t latent = kv_norm.size(0), rope = kv_a.size(0) - latent, value = output.size(1) / heads;
   const Sizes z{x.size(0), x.size(1), heads, kv_b.size(0) / heads - value, rope, value, latent};
   const int64_t tokens = z.tokens(), width = x.size(2), up = z.nope + z.value;
-  const Rows in{floats(x), width};
+  const Strided in{floats(x), width};
   std::vector<float> q(tokens * heads * z.query()), kept(tokens * z.key()), out(tokens * heads * value);
   std::vector<float> turned(tokens * heads * z.key()), sums(tokens * heads * latent, 0.0f);
   queries(z, in, query, eps, q.data());

@@ -70,7 +70,7 @@ inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS]
 }
 
 // Rows that lie `row` numbers apart; after: what will be read after them, where that is known.
-struct Rows {
+struct Strided {
   const float* data;
   int64_t row;
   const float* after = nullptr;
@@ -78,7 +78,7 @@ struct Rows {
 
 // y [rows, first .. last of the outputs] = x [rows, inner] weights [outputs, inner] transposed.
 template <int ROWS>
-void thin_part(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, int64_t first, int64_t last, float* y,
+void thin_part(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y,
                int64_t y_row) {
   constexpr int OUTS = W / ROWS;
   for (int64_t o = first; o < last; o += OUTS) {
@@ -97,7 +97,7 @@ void thin_part(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, 
   }
 }
 
-inline void thin(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, int64_t first, int64_t last, float* y,
+inline void thin(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y,
                  int64_t y_row) {
   switch (rows) {
     case 0: return;
@@ -108,7 +108,7 @@ inline void thin(int64_t rows, const Rows& x, const Rows& weights, int64_t inner
 }
 
 // The same of all outputs, by as many threads as pay.
-inline void thin_parallel(int64_t rows, const Rows& x, const Rows& weights, int64_t inner, int64_t outputs, float* y,
+inline void thin_parallel(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t outputs, float* y,
                           int64_t y_row) {
   const int64_t grain = std::max<int64_t>(1, ENOUGH / (OUTPUTS * std::max<int64_t>(1, inner * rows)));
   torch::stable::parallel_for(0, parts(outputs, OUTPUTS), grain, [&](int64_t first, int64_t last) {
@@ -117,7 +117,7 @@ inline void thin_parallel(int64_t rows, const Rows& x, const Rows& weights, int6
 }
 
 // By a matrix of PyTorch's, [outputs, inner].
-inline void thin_parallel(int64_t rows, const Rows& x, const Tensor& weights, float* y, int64_t y_row) {
+inline void thin_parallel(int64_t rows, const Strided& x, const Tensor& weights, float* y, int64_t y_row) {
   const int64_t inner = weights.size(1);
   thin_parallel(rows, x, {floats(weights), inner}, inner, weights.size(0), y, y_row);
 }

@@ -4,7 +4,8 @@ A kernel is launched with a few programs for each core of the device, and each t
 twenty cores and starts programs slowly, and sums over rows come to one part a program without atomics. The offset of a
 tile is one int64 number, offsets inside of it are int32. All arithmetic is fp32, products take what they are given.
 
-The text keeps to what triton-ascend documents and CUDA compiles as well; tests/triton/test_common_subset.py holds that.
+The text keeps to what triton-ascend documents and CUDA compiles as well;
+tests/triton_kernels/test_common_subset.py holds that.
 """
 
 from __future__ import annotations
