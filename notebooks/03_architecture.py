@@ -122,7 +122,7 @@ for expert in range(config.n_routed_experts):
     gate, up = F.linear(f[0, token], stacked.gate_up_proj[expert]).chunk(2, dim=-1)
     hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
     routed.index_add_(0, token, F.linear(hidden, stacked.down_proj[expert]) * gates[token, place, None])
-out = write(block.mlp.shared_experts(f) + routed)
+out = write(block.mlp.shared_experts(f, context) + routed)
 
 # %% [markdown]
 # ## The same

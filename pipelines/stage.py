@@ -172,7 +172,7 @@ def replacing(target: Path) -> Iterator[Path]:
     The block creates a file or a folder there. A reader sees the old content or the new, never a half.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    fresh, old = (target.with_name(f".{target.name}.{word}-{threading.get_native_id()}") for word in ("new", "old"))
     remove(fresh)
     try:
         yield fresh
