@@ -15,8 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.reference import hyper_connection as reference
+from moe_kernels.reference.hyper_connection import hyper_head
 from moe_kernels.triton.sinkhorn import balance, steps, unbalance
 from moe_kernels.triton.tiles import grid, multiply, side
+
+__all__ = ["hyper_head", "hyper_read", "hyper_write"]
 
 MAX_STREAMS, ROWS, COLUMNS, WIDEST = 8, 16, 64, 1024  # most streams; tokens and channels of a product; of a sum
 
