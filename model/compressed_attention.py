@@ -257,7 +257,12 @@ def compare_indexer(
 
 
 def best(scores_BST: Tensor, count: int, stable: bool = False) -> Tensor:
-    """True at the `count` highest scores of each query, [B, S, T]. stable: of equal ones the first, whatever T is."""
+    """True at the `count` highest scores of each query, [B, S, T]. stable: of equal ones the first, whatever T is.
+
+    Otherwise those that transformers would take. Both agree unless scores are equal, which is when all heads of an
+    indexer score 0: rare from eight heads on, frequent with one or two, where cached decoding then departs from the
+    full forward pass.
+    """
     if stable:
         chosen = scores_BST.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     else:
