@@ -6,10 +6,9 @@ ahead, the next pass checks the draft along with its own token, and a right one 
 arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
 
 What a row gets does not depend on its neighbours, to the last bit on a CPU, and each row draws from a generator of its
-own. Where there are kernels for it, a step takes every token on its own (`MoETransformer.decodes`): then drafts change
-no bit either. Elsewhere, and while a prompt is read, the tokens of a pass are filled up to where products and
-elementary functions round alike for every number of them (`tokens_of_a_pass`), and sums over the past are taken in
-parts of fixed size.
+own. Where there are kernels for it, a pass takes every token on its own (`MoETransformer.decodes`): then drafts change
+no bit either. Elsewhere the tokens of a pass are filled up to where products and elementary functions round alike for
+every number of them (`tokens_of_a_pass`), and sums over the past are taken in parts of fixed size.
 
 Shapes: B rows (real ones, then copies of the first where they are filled up), R rows of a reading, S tokens, C tokens
 of a chunk, D hidden size, V vocabulary.
@@ -52,11 +51,28 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, logits_V: Tensor) -> int:
-        """The next token of a row that is not greedy."""
-        p_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)
-        p_V, order_V = p_V.sort(dim=-1, descending=True, stable=True)
-        p_V = p_V.masked_fill(p_V.cumsum(dim=-1) - p_V >= self.top_p, 0.0)
-        return int(order_V[torch.multinomial(p_V.cpu(), 1, generator=self.generator)])
+        """The next token of a row that is not greedy: where a uniform number falls among the sums of probabilities."""
+        p_V = ((logits_V - logits_V.max()).cpu().double() / self.temperature).softmax(dim=-1)
+        uniform = torch.rand((), dtype=torch.float64, generator=self.generator)
+        if self.top_p == 1:
+            return _place(p_V.cumsum(dim=-1), uniform)
+        kept_K, order_K = self._nucleus(p_V)
+        return int(order_K[_place(kept_K.cumsum(dim=-1), uniform)])
+
+    def _nucleus(self, p_V: Tensor) -> tuple[Tensor, Tensor]:
+        """(probabilities, tokens) of the smallest set with probability top_p, best first."""
+        count, whole = 64, len(p_V)
+        while True:
+            p_K, order_K = p_V.topk(min(count, whole))
+            kept = int((p_K.cumsum(dim=-1) - p_K < self.top_p).sum())
+            if kept < len(p_K) or len(p_K) == whole:
+                return p_K[:kept], order_K[:kept]
+            count *= 8
+
+
+def _place(sums_V: Tensor, uniform: Tensor) -> int:
+    """The first place whose sum is above that share of the whole; one of probability zero is never it."""
+    return min(int(torch.searchsorted(sums_V, uniform * sums_V[-1], right=True)), len(sums_V) - 1)
 
 
 def choose(logits_RV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -96,13 +112,14 @@ class Reading:
     def resume(self, at: int, state: tuple[Cache, Cache | None]) -> None:
         """Go on after `at` tokens, a multiple of `CHUNK`, as if they had been read here."""
         self.at, self.cache = at, _copied(state[0])
-        self.ahead = None if state[1] is None else _copied(state[1])
+        self.ahead = None if state[1] is None or self.ahead is None else _copied(state[1])
 
     @torch.inference_mode()
     def advance(self, with_logits: bool = False) -> Tensor | None:
         """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
         part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
-        count, short = part_RC.shape[1], -part_RC.shape[1] % tokens_of_a_pass(self.net.config)
+        count = part_RC.shape[1]
+        short = 0 if self.net.decodes(count) else -count % tokens_of_a_pass(self.net.config)
         counts_R = torch.full_like(self.cache.lengths_B, count)
         out = self.net(F.pad(part_RC, (0, short)), cache=self.cache, counts_B=counts_R, with_logits=with_logits)
         self.cache.settle(self.cache.lengths_B + count)
@@ -142,27 +159,32 @@ class Pace:
 class Batch:
     """The state of the rows: what the trunk and the MTP block have seen, and the token and the draft that come next."""
 
-    def __init__(self, pace: Pace | None = None) -> None:
+    def __init__(self, net: MoETransformer) -> None:
+        self.net, self.pace = net, Pace()
         self.samplers: list[Sampler] = []
-        self.pace = pace
         self.logits_BSV: Tensor | None = None  # of the last step: those of row r's tokens are the first ones of [r]
 
     def __len__(self) -> int:
         return len(self.samplers)
 
+    @property
+    def drafts(self) -> bool:
+        """Whether a reading for it needs drafts; it does for an empty batch, which tries anew whether they pay."""
+        return not len(self) or self.ahead is not None
+
     @torch.inference_mode()
     def join(self, reading: Reading) -> None:
-        """The rows of a reading that is done come last. All readings of a batch are of one model."""
+        """The rows of a reading that is done come last."""
         assert reading.done
         new = list(zip(reading.tokens, reading.drafts or reading.tokens, strict=True))
         rows = range(len(self))
         if not rows:
-            self.net, self.next, self.cache, self.ahead = reading.net, new, reading.cache, reading.ahead
+            self.next, self.cache, self.ahead, self.pace = new, reading.cache, reading.ahead, Pace()
         else:
             self.next = self.next[: len(self)] + new
             self.cache = self.cache.rows(self._index(rows)).with_rows_of(reading.cache)
-            if self.ahead is not None and reading.ahead is not None:
-                self.ahead = self.ahead.rows(self._index(rows)).with_rows_of(reading.ahead)
+            both = self.ahead is not None and reading.ahead is not None
+            self.ahead = self.ahead.rows(self._index(rows)).with_rows_of(reading.ahead) if both else None
         self.samplers += reading.samplers
         self._arrange(range(len(self)))
 
@@ -186,11 +208,15 @@ class Batch:
             second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
-        if self.pace and self.ahead is not None:
+        if self.ahead is not None and self._may_stop_drafting():
             self.pace.note(fmean(map(len, tokens)))
             self.ahead = self.ahead if self.pace.pays else None
         self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
         return tokens
+
+    def _may_stop_drafting(self) -> bool:
+        """Whether no bit of a row depends on it, which nobody promises but on a CPU."""
+        return self.net.decodes(2) or self.cache.lengths_B.device.type != "cpu"
 
     def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
         """Go on after those tokens of each row, and draft the ones after."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Pace, Reading, Sampler
+from model.batch import Batch, Reading, Sampler
 
 if TYPE_CHECKING:
     from model.transformer import MoETransformer
@@ -69,7 +69,7 @@ def _continue(
 ) -> list[list[int]]:
     """The new tokens of each row, up to a stop token or `max_new_tokens`."""
     rows: list[list[int]] = [[] for _ in prompts]
-    batch, order = Batch(Pace()), []
+    batch, order = Batch(net), []
     for length in sorted({len(prompt) for prompt in prompts}):
         group = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         reading = Reading(net, [prompts[row] for row in group], [samplers[row] for row in group], speculate)

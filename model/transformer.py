@@ -20,7 +20,8 @@ from model.hyper_connections import HyperHead
 from model.mtp import MultiTokenPrediction
 from model.norm import RMSNorm
 
-FEW, STREAMS = 2, 8  # what the kernels of a decoding step are for: tokens a row (its own and a draft), residual streams
+STREAMS = 8  # residual streams that the kernels of decoding are for
+TOKENS = {"deepseek_v3": 64, "deepseek_v4": 256}  # of a row, up to which they are the faster ones
 
 
 @dataclass
@@ -103,10 +104,10 @@ class MoETransformer(nn.Module):
         return Output(logits_BSV, hidden_BSD, x, foretold, statistics)
 
     def decodes(self, tokens: int = 1) -> bool:
-        """Whether a step of so many tokens a row goes through kernels that take each token on its own."""
+        """Whether so many tokens a row, after those of a cache, go through kernels that take each on its own."""
         weight, c = self.lm_head.weight, self.config
         return (
-            tokens <= FEW
+            tokens <= TOKENS[c.model_type]
             and weight.dtype is torch.float32
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type))
             and (not c.is_v4 or c.hc_mult <= STREAMS)

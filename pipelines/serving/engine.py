@@ -110,7 +110,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []  # in the order of the batch
         self._reading: _Row | None = None
-        self._batch = Batch()
+        self._batch = Batch(net)
         self._prefixes = Prefixes(params.max_prefixes)
         self._closing = False
         self._changed = threading.Condition()
@@ -222,7 +222,7 @@ class Engine:
             if request.cancelled:
                 continue
             sampler = Sampler(request.temperature, request.top_p, request.seed)
-            reading = Reading(self.net, [request.prompt], [sampler])
+            reading = Reading(self.net, [request.prompt], [sampler], speculate=self._batch.drafts)
             if not request.score_prompt:
                 request.cached_tokens = self._prefixes.resume(reading, request.prompt)
             self._reading = _Row(request, Answer(self.text, request.stops), reading)
@@ -298,7 +298,7 @@ class Engine:
         """Everything in flight ends with an error; the queue goes on."""
         stage.say(f"serve      a step failed: {type(error).__name__}: {error}")
         rows = [*self._rows, *([self._reading] if self._reading else [])]
-        self._rows, self._reading, self._batch = [], None, Batch()
+        self._rows, self._reading, self._batch = [], None, Batch(self.net)
         for row in rows:
             self._end(row, Piece(text="the engine failed; try again", finish_reason="error"))
 

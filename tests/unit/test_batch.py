@@ -41,7 +41,7 @@ def read(net: MoETransformer, prompt: list[int], sampling: dict) -> Reading:
 
 def served(net: MoETransformer, asked: list[Asked], most: int, random: Random) -> list[tuple[list[int], Tensor]]:
     """(new tokens, the logits they were chosen from) of each; up to `most` at once, and they come when they come."""
-    batch, running, waiting = Batch(), [], list(range(len(asked)))
+    batch, running, waiting = Batch(net), [], list(range(len(asked)))
     got: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in asked]
     while waiting or running:
         while waiting and len(running) < most and (not running or random.random() < 0.5):
