@@ -107,12 +107,12 @@ class Reading:
     def state(self) -> tuple[Cache, Cache | None]:
         """Copies of what the trunk and the MTP block have seen, for `resume` of a reading with the same tokens so far
         and the same one after them."""
-        return _copied(self.cache), None if self.ahead is None else _copied(self.ahead)
+        return self.cache.copy(), None if self.ahead is None else self.ahead.copy()
 
     def resume(self, at: int, state: tuple[Cache, Cache | None]) -> None:
         """Go on after `at` tokens, a multiple of `CHUNK`, as if they had been read here."""
-        self.at, self.cache = at, _copied(state[0])
-        self.ahead = None if state[1] is None or self.ahead is None else _copied(state[1])
+        self.at, self.cache = at, state[0].copy()
+        self.ahead = None if state[1] is None or self.ahead is None else state[1].copy()
 
     @torch.inference_mode()
     def advance(self, with_logits: bool = False) -> Tensor | None:
@@ -177,23 +177,26 @@ class Batch:
         """The rows of a reading that is done come last."""
         assert reading.done
         new = list(zip(reading.tokens, reading.drafts or reading.tokens, strict=True))
-        rows = range(len(self))
-        if not rows:
+        if not len(self):
             self.next, self.cache, self.ahead, self.pace = new, reading.cache, reading.ahead, Pace()
         else:
-            self.next = self.next[: len(self)] + new
-            self.cache = self.cache.rows(self._index(rows)).with_rows_of(reading.cache)
-            both = self.ahead is not None and reading.ahead is not None
-            self.ahead = self.ahead.rows(self._index(rows)).with_rows_of(reading.ahead) if both else None
+            self._take_rows(range(len(self)))
+            self.next += new
+            rows = range(len(reading.samplers))
+            self.cache.extend(reading.cache, rows)
+            self.ahead = self.ahead if reading.ahead is not None else None
+            if self.ahead is not None and reading.ahead is not None:
+                self.ahead.extend(reading.ahead, rows)
         self.samplers += reading.samplers
-        self._arrange(range(len(self)))
+        self._fill_up()
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """All other rows leave; these stay, in this order."""
+        """All other rows leave; these stay, in this order. None comes before its place: `rows[i] >= i`."""
         self.samplers = [self.samplers[row] for row in rows]
         if rows:
-            self._arrange(rows)
+            self._take_rows(rows)
+            self._fill_up()
 
     @torch.inference_mode()
     def step(self) -> list[list[int]]:
@@ -231,17 +234,20 @@ class Batch:
             drafts = _head(self.net, last_BD).argmax(dim=-1).tolist()
         self.next = [(row[-1], draft) for row, draft in zip(tokens, drafts, strict=True)]
 
-    def _arrange(self, rows: Sequence[int]) -> None:
-        """Those rows, and copies of the first up to what a pass needs."""
-        width = 1 if self.ahead is None else 2
-        multiple = 1 if self.net.decodes(width) else max(MULTIPLE, tokens_of_a_pass(self.net.config) // width)
-        places = [*rows, *[rows[0]] * (-len(rows) % multiple)]
-        self.next = [self.next[place] for place in places]
-        self.cache = self.cache.rows(self._index(places))
-        self.ahead = self.ahead.rows(self._index(places)) if self.ahead is not None else None
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        self.next = [self.next[row] for row in rows]
+        for cache in filter(None, (self.cache, self.ahead)):
+            cache.keep(rows)
 
-    def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(list(rows), device=self.cache.lengths_B.device)
+    def _fill_up(self) -> None:
+        """Copies of the first row, up to what a pass needs."""
+        width = 1 if self.ahead is None else 2
+        if self.net.decodes(width):
+            return
+        copies = [0] * (-len(self) % max(MULTIPLE, tokens_of_a_pass(self.net.config) // width))
+        self.next += [self.next[row] for row in copies]
+        for cache in filter(None, (self.cache, self.ahead)):
+            cache.extend(cache, copies)
 
 
 def tokens_of_a_pass(config: ModelConfig) -> int:
@@ -249,10 +255,6 @@ def tokens_of_a_pass(config: ModelConfig) -> int:
     rotary channels, then fill whole vectors."""
     widths = (config.n_routed_experts, config.qk_rope_head_dim // 2, config.hc_mult if config.is_v4 else VECTORS)
     return max(MULTIPLE, *(VECTORS // math.gcd(VECTORS, width) for width in widths))
-
-
-def _copied(cache: Cache) -> Cache:
-    return cache.rows(torch.arange(len(cache.lengths_B), device=cache.lengths_B.device))
 
 
 def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ Shapes: B rows, S new tokens, N slots, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from model.context import Context
@@ -40,45 +40,71 @@ class Cache:
         """Say how many tokens each row has now; a later forward pass goes on from there."""
         self.lengths_B, self.capacity = lengths_B, int(lengths_B.max())
 
-    def rows(self, index_B: Tensor) -> Cache:
-        """A cache of those rows, in that order; a row may come several times."""
-        taken = Cache(0)
-        taken._stores = {key: slots.rows(index_B) for key, slots in self._stores.items()}
-        taken.settle(self.lengths_B[index_B])
-        return taken
+    def keep(self, rows: Sequence[int]) -> None:
+        """All other rows leave; these stay, in this order. None comes before its place: `rows[i] >= i`."""
+        for slots in self._stores.values():
+            slots.keep(rows)
+        self.settle(self.lengths_B[list(rows)])
 
-    def with_rows_of(self, other: Cache) -> Cache:
-        """A cache of these rows, then those of `other`; both have been through the same layers."""
-        both = Cache(0)
-        both._stores = {key: slots.with_rows_of(other._stores[key]) for key, slots in self._stores.items()}
-        both.settle(torch.cat([self.lengths_B, other.lengths_B]))
-        return both
+    def extend(self, other: Cache, rows: Sequence[int]) -> None:
+        """Copies of those rows of `other`, which has been through the same layers, come last."""
+        for key, slots in other._stores.items():
+            self.slots(*key, slots.size).extend(slots, rows)
+        self.settle(torch.cat([self.lengths_B, other.lengths_B[list(rows)]]))
+
+    def copy(self) -> Cache:
+        """The same, apart."""
+        same = Cache(0, self.lengths_B.device)
+        same.extend(self, range(len(self.lengths_B)))
+        return same
 
 
 class Slots:
-    """Vectors by position: slot p mod `size`, or slot p of a store that grows."""
+    """Vectors by position: slot p mod `size`, or slot p of a store that grows. Beyond the rows there may be room."""
 
     def __init__(self, size: int | None) -> None:
         self.size = size
         self.values_BNC: Tensor | None = None
         self.positions_BN: Tensor | None = None
+        self._all_values: Tensor | None = None
+        self._all_positions: Tensor | None = None
 
-    def rows(self, index_B: Tensor) -> Slots:
-        """Those rows, copied."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Cache.keep`."""
         assert self.values_BNC is not None and self.positions_BN is not None
-        return self._filled(self.values_BNC[index_B], self.positions_BN[index_B])
+        for place, row in enumerate(rows):
+            if row != place:
+                self.values_BNC[place] = self.values_BNC[row]
+                self.positions_BN[place] = self.positions_BN[row]
+        self.values_BNC, self.positions_BN = self.values_BNC[: len(rows)], self.positions_BN[: len(rows)]
 
-    def with_rows_of(self, other: Slots) -> Slots:
-        """These rows and those of `other`, copied, with as many slots as the larger of the two."""
-        assert self.values_BNC is not None and other.values_BNC is not None
-        size = max(self.values_BNC.shape[1], other.values_BNC.shape[1]) - 1
-        values, positions = zip(self._widened(size), other._widened(size), strict=True)
-        return self._filled(torch.cat(values), torch.cat(positions))
+    def extend(self, other: Slots, rows: Sequence[int]) -> None:
+        """See `Cache.extend`; as many slots as the larger of the two."""
+        values, positions = other.values_BNC, other.positions_BN
+        assert values is not None and positions is not None
+        have, kept = 0 if self.values_BNC is None else len(self.values_BNC), values.shape[1] - 1
+        self._allocate(values, have + len(rows), kept)
+        assert self.values_BNC is not None and self.positions_BN is not None
+        for place, row in enumerate(rows, have):
+            self.values_BNC[place, :kept] = values[row, :-1]
+            self.positions_BN[place, :kept] = positions[row, :-1]
+            self.positions_BN[place, kept:] = NOWHERE
 
-    def _filled(self, values_BNC: Tensor, positions_BN: Tensor) -> Slots:
-        made = Slots(self.size)
-        made.values_BNC, made.positions_BN = values_BNC, positions_BN
-        return made
+    def _allocate(self, like_BNC: Tensor, rows: int, size: int) -> None:
+        """Room for that many rows (at least doubled when it grows) and slots, and one slot for what is not kept."""
+        old, old_positions = self.values_BNC, self.positions_BN
+        have, slots = (0, 0) if old is None else (len(old), old.shape[1] - 1)
+        size = max(size, slots)
+        if self._all_values is None or len(self._all_values) < rows or size > slots:
+            room = 0 if self._all_values is None else len(self._all_values)
+            room = room if rows <= room else max(rows, 2 * have)
+            self._all_values = like_BNC.new_zeros(room, size + 1, like_BNC.shape[-1])
+            self._all_positions = torch.full((room, size + 1), NOWHERE, device=like_BNC.device)
+            if old is not None and old_positions is not None:
+                self._all_values[:have, :slots] = old[:, :-1]
+                self._all_positions[:have, :slots] = old_positions[:, :-1]
+        assert self._all_positions is not None
+        self.values_BNC, self.positions_BN = self._all_values[:rows], self._all_positions[:rows]
 
     def ready(self, like: Tensor, channels: int, capacity: int = 0) -> tuple[Tensor, Tensor]:
         """(values [B, N + 1, C], positions [B, N + 1]) with room for `capacity`, for an operation that fills them."""
@@ -118,25 +144,11 @@ class Slots:
 
     def _room(self, like_BSC: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Slots for `size` positions (a store at least doubles) and one for what is not kept."""
-        have = 0 if self.values_BNC is None else self.values_BNC.shape[1] - 1
-        if self.values_BNC is None:
-            self.values_BNC = like_BSC.new_empty(len(like_BSC), 1, like_BSC.shape[-1])
-            self.positions_BN = torch.full((len(like_BSC), 1), NOWHERE, device=like_BSC.device)
+        have = -1 if self.values_BNC is None else self.values_BNC.shape[1] - 1
         if have < size:
-            self.values_BNC, self.positions_BN = self._widened(size if self.size else max(size, 2 * have, 64))
-        assert self.positions_BN is not None
-        return self.values_BNC[:, : self.size or -1], self.positions_BN[:, : self.size or -1]
-
-    def _widened(self, size: int) -> tuple[Tensor, Tensor]:
-        """Values and positions with empty slots up to `size`, and one more for what is not kept."""
+            self._allocate(like_BSC, len(like_BSC), size if self.size else max(size, 2 * have, 64))
         assert self.values_BNC is not None and self.positions_BN is not None
-        more = size + 1 - self.values_BNC.shape[1]
-        if not more:
-            return self.values_BNC, self.positions_BN
-        return (
-            F.pad(self.values_BNC[:, :-1], (0, 0, 0, more + 1)),
-            F.pad(self.positions_BN[:, :-1], (0, more + 1), value=NOWHERE),
-        )
+        return self.values_BNC[:, : self.size or -1], self.positions_BN[:, : self.size or -1]
 
 
 def _rounded(capacity: int) -> int:

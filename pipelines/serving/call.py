@@ -30,6 +30,7 @@ class Call:
     ) -> None:
         self.engine, self.body, self.shape = engine, body, shape
         self.on_end: Callable[[], None] = lambda: None
+        self._whole = Piece()
         self.request = Request(
             prompt=prompt,
             max_new_tokens=length,
@@ -58,17 +59,23 @@ class Call:
         self.engine.submit(self.request)
 
     def _emit(self, piece: Piece) -> None:
-        """In the engine's thread."""
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        """In the engine's thread; a whole answer wakes the server's only at its end."""
+        if not self.body.stream:
+            self._whole.add(piece)
+            piece = self._whole
+        if self.body.stream or piece.finish_reason:
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def whole(self, receive: Receive) -> dict[str, Any]:
         """The complete answer; raises `ApiError`. A client that hangs up ends the generation."""
-        gathering, hung_up = asyncio.ensure_future(self._gather()), asyncio.ensure_future(_disconnect(receive))
+        gathering, hung_up = asyncio.ensure_future(self._pieces.get()), asyncio.ensure_future(_disconnect(receive))
         try:
             await asyncio.wait({gathering, hung_up}, return_when=asyncio.FIRST_COMPLETED)
             if not gathering.done():
                 raise ApiError(499, "The client hung up.")
             piece = gathering.result()
+            if piece.finish_reason == "error":
+                raise ApiError(500, piece.text)
         finally:
             self.request.cancel()
             gathering.cancel()
@@ -104,16 +111,6 @@ class Call:
             yield piece
             if piece.finish_reason:
                 return
-
-    async def _gather(self) -> Piece:
-        whole = Piece()
-        async for piece in self._each():
-            if piece.finish_reason == "error":
-                raise ApiError(500, piece.text)
-            whole.text += piece.text
-            whole.scored += piece.scored
-            whole.finish_reason = piece.finish_reason
-        return whole
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ class Piece:
     scored: list[Scored] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "error"
+
+    def add(self, piece: Piece) -> None:
+        """What comes after it; an error comes alone."""
+        self.text = piece.text if piece.finish_reason == "error" else self.text + piece.text
+        self.scored += piece.scored
+        self.tokens += piece.tokens
+        self.finish_reason = piece.finish_reason
 
 
 @dataclass
@@ -239,7 +246,7 @@ class Engine:
         self._rows.append(row)
         self._batch.join(reading)
         if self._take(row, reading.tokens, reading.logits_RV):
-            self._keep([place for place, other in enumerate(self._rows) if other is not row])
+            self._leave({len(self._rows) - 1})
 
     def _decode(self) -> None:
         """One step of the running rows."""
@@ -248,9 +255,9 @@ class Engine:
         tokens = self._batch.step()
         logits_BSV = self._batch.logits_BSV
         assert logits_BSV is not None
-        done = {place for place, row in enumerate(self._rows) if self._take(row, tokens[place], logits_BSV[place])}
-        if done:
-            self._keep([place for place in range(len(self._rows)) if place not in done])
+        self._leave(
+            [place for place, row in enumerate(self._rows) if self._take(row, tokens[place], logits_BSV[place])]
+        )
 
     def _take(self, row: _Row, tokens: list[int], logits_SV: Tensor) -> bool:
         """New tokens of a row, each chosen from its logits; sends them and says whether the answer is complete."""
@@ -283,16 +290,20 @@ class Engine:
         row.request.ended_s = time.monotonic()
         row.request.emit(piece)
 
-    def _keep(self, places: list[int]) -> None:
-        self._rows = [self._rows[place] for place in places]
-        self._batch.keep(places)
+    def _leave(self, places: Iterable[int]) -> None:
+        """Those rows leave, and the last ones take their places."""
+        order = list(range(len(self._rows)))
+        for place in sorted(places, reverse=True):
+            order[place] = order[-1]
+            order.pop()
+        if len(order) < len(self._rows):
+            self._rows = [self._rows[place] for place in order]
+            self._batch.keep(order)
 
     def _drop_cancelled(self) -> None:
         if self._reading and self._reading.request.cancelled:
             self._reading = None
-        places = [place for place, row in enumerate(self._rows) if not row.request.cancelled]
-        if len(places) < len(self._rows):
-            self._keep(places)
+        self._leave(place for place, row in enumerate(self._rows) if row.request.cancelled)
 
     def _fail(self, error: Exception) -> None:
         """Everything in flight ends with an error; the queue goes on."""
