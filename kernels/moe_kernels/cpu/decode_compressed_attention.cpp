@@ -7,7 +7,9 @@
 //
 // Cost of a token: the weights once a call; of the cache a window and the chosen entries, C numbers each, with 4 H C
 // FLOP; where the indexer has to choose, all E of its keys with 2 J FLOP a number; every M-th token the pooling of 2 M.
-// The tokens of a row go one after the other, since a slot that one writes may be the last of another's window.
+// Compressed entries are made one token after the other; all else is divided among threads by tokens. A row's new keys
+// come into its window last, since a slot that one takes may be the last of another's window.
+#include <memory>
 #include <optional>
 
 #include "rows.h"
@@ -27,12 +29,10 @@ struct Compressor {
 
   int64_t channels() const { return halves * width; }
 
-  // Values and gates of all rows, side by side.
-  std::vector<float> project(int64_t count, const Strided& x) const {
-    std::vector<float> found(count * 2 * channels());
-    thin_parallel(count, x, value, found.data(), 2 * channels());
-    thin_parallel(count, x, gate, found.data() + channels(), 2 * channels());
-    return found;
+  // Values and gates of some rows, side by side.
+  void project(int64_t count, const Strided& x, float* to) const {
+    thin_parallel(count, x, value, to, 2 * channels());
+    thin_parallel(count, x, gate, to + channels(), 2 * channels());
   }
 
   // Keeps a token, and the entry of its block where it is the block's last.
@@ -74,8 +74,18 @@ struct Compressor {
 struct Sizes {
   int64_t rows, length, heads, width, window, index_heads, top_k;
   float eps;
+  const int64_t *starts, *ends;
 
   int64_t tokens() const { return rows * length; }
+  int64_t all() const { return heads * width; }
+  int64_t row(int64_t t) const { return t / length; }
+  int64_t position(int64_t t) const { return starts[row(t)] + t % length; }
+  bool real(int64_t t) const { return position(t) < ends[row(t)]; }
+};
+
+// What is known of every token before any attends.
+struct Known {
+  std::vector<float> q, key, tokens, index_tokens, index_q, index_weights;
 };
 
 // Entries before `visible` that a token attends to, in order: all, or the indexer's best, of equal ones the first.
@@ -99,87 +109,112 @@ std::vector<int64_t> choose(const float* q, const float* weights, const float* k
 }
 
 // One token: its queries [H, C] over the window up to its position and the chosen entries -> [H, C].
-void attend(const Sizes& z, const float* q, int64_t b, int64_t position, const Store& window,
+void attend(const Sizes& z, const Known& known, int64_t t, const Store& window,
             const std::optional<Compressor>& compressor, const std::vector<int64_t>& chosen, const float* sinks,
             float* out) {
-  const int64_t first = std::max<int64_t>(0, position + 1 - z.window), near = position + 1 - first;
-  const int64_t count = near + chosen.size(), row = parts(count, W) * W;
-  std::vector<float> keys(count * z.width), p(z.heads * row);
-  for (int64_t k = 0; k < near; k++)
-    std::memcpy(keys.data() + k * z.width, window.at(b, first + k), z.width * sizeof(float));
+  const int64_t b = z.row(t), position = z.position(t), first = std::max<int64_t>(0, position + 1 - z.window);
+  const int64_t near = position + 1 - first, count = near + chosen.size(), row = parts(count, W) * W;
+  auto memory = std::make_unique_for_overwrite<float[]>(count * z.width + z.heads * row);
+  float *keys = memory.get(), *p = keys + count * z.width;
+  for (int64_t k = 0; k < near; k++) {
+    const int64_t before = position - first - k;
+    const float* key = first + k < z.starts[b] ? window.at(b, first + k) : known.key.data() + (t - before) * z.width;
+    std::memcpy(keys + k * z.width, key, z.width * sizeof(float));
+  }
   for (int64_t k = near; k < count; k++)
-    std::memcpy(keys.data() + k * z.width, compressor->entries.at(b, chosen[k - near]), z.width * sizeof(float));
-  thin(z.heads, {q, z.width}, {keys.data(), z.width}, z.width, 0, count, p.data(), row);
-  for (int64_t h = 0; h < z.heads; h++)
-    softmax_row(p.data() + h * row, count, 1.0f / __builtin_sqrtf(float(z.width)), sinks[h]);
-  multiply(z.heads, z.width, count, {p.data(), row}, keys.data(), z.width, out, z.width, false);
+    std::memcpy(keys + k * z.width, compressor->entries.at(b, chosen[k - near]), z.width * sizeof(float));
+  thin(z.heads, {known.q.data() + t * z.all(), z.width}, {keys, z.width}, z.width, 0, count, p, row);
+  for (int64_t h = 0; h < z.heads; h++) softmax_row(p + h * row, count, 1.0f / __builtin_sqrtf(float(z.width)), sinks[h]);
+  multiply(z.heads, z.width, count, {p, row}, keys, z.width, out, z.width, false);
+}
+
+// Queries, keys, and what the compressors take, of the tokens of a piece.
+void prepare(const Sizes& z, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& indexing,
+             const std::optional<Compressor>& compressor, const std::optional<Compressor>& indexer,
+             const Tensor& frequencies, int64_t first, int64_t last, Known& known) {
+  const Tensor &q_a = weights[0], &q_norm = weights[1], &q_b = weights[2], &kv = weights[3], &kv_norm = weights[4];
+  const int64_t rank = q_a.size(0), hidden = x.size(2), count = last - first;
+  const Strided in{floats(x) + first * hidden, hidden};
+  std::vector<float> low(count * rank);
+  thin_parallel(count, in, q_a, low.data(), rank);
+  for (int64_t i = 0; i < count; i++) normalise_row(low.data() + i * rank, floats(q_norm), rank, z.eps);
+  thin_parallel(count, {low.data(), rank}, q_b, known.q.data() + first * z.all(), z.all());
+  thin_parallel(count, in, kv, known.key.data() + first * z.width, z.width);
+  if (compressor) compressor->project(count, in, known.tokens.data() + first * 2 * compressor->channels());
+  const int64_t asked = indexer ? z.index_heads * indexer->width : 0;
+  if (indexer) {
+    indexer->project(count, in, known.index_tokens.data() + first * 2 * indexer->channels());
+    thin_parallel(count, {low.data(), rank}, indexing[4], known.index_q.data() + first * asked, asked);
+    thin_parallel(count, in, indexing[5], known.index_weights.data() + first * z.index_heads, z.index_heads);
+  }
+  for (int64_t t = first; t < last; t++) {
+    const Turn turn(frequencies, z.position(t));
+    float *queries = known.q.data() + t * z.all(), *key = known.key.data() + t * z.width;
+    for (int64_t h = 0; h < z.heads; h++)
+      normalise_row(queries + h * z.width, nullptr, z.width, z.eps), turn.apply(queries + h * z.width, z.width);
+    normalise_row(key, floats(kv_norm), z.width, z.eps);
+    turn.apply(key, z.width);
+    for (int64_t j = 0; j < z.index_heads; j++)
+      turn.apply(known.index_q.data() + t * asked + j * indexer->width, indexer->width);
+  }
+}
+
+// The tokens of a piece attend; their outputs [., H C] go through the matrices of the groups and the last one.
+void finish(const Sizes& z, const Known& known, const Store& window, const std::optional<Compressor>& compressor,
+            const std::optional<Compressor>& indexer, const std::vector<Tensor>& weights, const Tensor& frequencies,
+            int64_t groups, int64_t first, int64_t last, float* y) {
+  const Tensor &o_a = weights[5], &o_b = weights[6], &sinks = weights[7];
+  const int64_t count = last - first, all = z.all(), per_group = all / groups, rank = o_a.size(0) / groups;
+  std::vector<float> out(count * all, 0.0f), grouped(count * o_a.size(0));
+  for (int64_t t = first; t < last; t++) {
+    if (!z.real(t)) continue;
+    const int64_t visible = compressor ? (z.position(t) + 1) / compressor->rate : 0;
+    const auto chosen = choose(known.index_q.data() + t * z.index_heads * (indexer ? indexer->width : 0),
+                               known.index_weights.data() + t * z.index_heads,
+                               indexer ? indexer->entries.row(z.row(t)) : nullptr, z.index_heads,
+                               indexer ? indexer->width : 0, visible, indexer ? z.top_k : visible);
+    float* own = out.data() + (t - first) * all;
+    attend(z, known, t, window, compressor, chosen, floats(sinks), own);
+    const Turn turn(frequencies, z.position(t));
+    for (int64_t h = 0; h < z.heads; h++) turn.apply(own + h * z.width, z.width, -1.0f);
+  }
+  for (int64_t g = 0; g < groups; g++)
+    thin_parallel(count, {out.data() + g * per_group, all}, {floats(o_a) + g * rank * per_group, per_group}, per_group,
+                  rank, grouped.data() + g * rank, o_a.size(0));
+  thin_parallel(count, {grouped.data(), o_a.size(0)}, o_b, y + first * o_b.size(0), o_b.size(0));
 }
 
 Tensor decode_compressed_attention(const Tensor& x, const Tensor& lengths, const Tensor& ends,
                                    const std::vector<Tensor>& weights, const std::vector<Tensor>& compression,
                                    const std::vector<Tensor>& indexing, std::vector<Tensor> caches,
                                    const Tensor& frequencies, int64_t groups, int64_t top_k, double eps) {
-  const Tensor &q_a = weights[0], &q_norm = weights[1], &q_b = weights[2], &kv = weights[3], &kv_norm = weights[4];
-  const Tensor &o_a = weights[5], &o_b = weights[6], &sinks = weights[7];
-  const int64_t rank = q_a.size(0), width = kv.size(0), heads = sinks.size(0), hidden = x.size(2);
   const Store window(caches[0], caches[1]);
   std::optional<Compressor> compressor, indexer;
   if (!compression.empty()) compressor.emplace(compression, caches, 0, 2);
   if (!indexing.empty()) indexer.emplace(indexing, caches, 0, 6);
-  const Sizes z{x.size(0), x.size(1), heads, width, window.slots, indexer ? indexing[5].size(0) : 0, top_k, float(eps)};
-  const int64_t tokens = z.tokens(), all = heads * width;
-  const Strided in{floats(x), hidden};
-  std::vector<float> low(tokens * rank), q(tokens * all), key(tokens * width), out(tokens * all, 0.0f);
-  std::vector<float> fresh, fresh_index, index_q, index_weights;
-  thin_parallel(tokens, in, q_a, low.data(), rank);
-  for (int64_t t = 0; t < tokens; t++) normalise_row(low.data() + t * rank, floats(q_norm), rank, z.eps);
-  thin_parallel(tokens, {low.data(), rank}, q_b, q.data(), all);
-  thin_parallel(tokens, in, kv, key.data(), width);
-  if (compressor) fresh = compressor->project(tokens, in);
-  const int64_t index_all = indexer ? z.index_heads * indexer->width : 0;
-  if (indexer) {
-    fresh_index = indexer->project(tokens, in);
-    index_q.resize(tokens * index_all), index_weights.resize(tokens * z.index_heads);
-    thin_parallel(tokens, {low.data(), rank}, indexing[4], index_q.data(), index_all);
-    thin_parallel(tokens, in, indexing[5], index_weights.data(), z.index_heads);
-  }
-  auto token = [&](int64_t b, int64_t t, int64_t position) {
-    const Turn turn(frequencies, position);
-    float *queries = q.data() + t * all, *own = key.data() + t * width, *to = out.data() + t * all;
-    for (int64_t h = 0; h < heads; h++)
-      normalise_row(queries + h * width, nullptr, width, z.eps), turn.apply(queries + h * width, width);
-    normalise_row(own, floats(kv_norm), width, z.eps);
-    turn.apply(own, width);
-    window.write(b, position, own);
-    std::vector<int64_t> chosen;
-    if (compressor) {
-      compressor->take(b, position, fresh.data() + t * 2 * compressor->channels(), frequencies, z.eps);
-      const int64_t visible = (position + 1) / compressor->rate;
-      if (indexer) {
-        float* asks = index_q.data() + t * index_all;
-        indexer->take(b, position, fresh_index.data() + t * 2 * indexer->channels(), frequencies, z.eps);
-        for (int64_t j = 0; j < z.index_heads; j++) turn.apply(asks + j * indexer->width, indexer->width);
-        chosen = choose(asks, index_weights.data() + t * z.index_heads, indexer->entries.row(b), z.index_heads,
-                        indexer->width, visible, z.top_k);
-      } else {
-        chosen = choose(nullptr, nullptr, nullptr, 0, 0, visible, visible);
-      }
-    }
-    attend(z, queries, b, position, window, compressor, chosen, floats(sinks), to);
-    for (int64_t h = 0; h < heads; h++) turn.apply(to + h * width, width, -1.0f);
-  };
-  torch::stable::parallel_for(0, z.rows, 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; b++)
-      for (int64_t s = 0, at = integers(lengths)[b]; s < z.length && at < integers(ends)[b]; s++, at++)
-        token(b, b * z.length + s, at);
-  });
-  const int64_t per_group = all / groups, group_rank = o_a.size(0) / groups;
-  std::vector<float> grouped(tokens * o_a.size(0));
-  for (int64_t g = 0; g < groups; g++)
-    thin_parallel(tokens, {out.data() + g * per_group, all}, {floats(o_a) + g * group_rank * per_group, per_group},
-                  per_group, group_rank, grouped.data() + g * group_rank, o_a.size(0));
+  const Sizes z{x.size(0), x.size(1), weights[7].numel(), weights[3].size(0), window.slots,
+                indexer ? indexing[5].size(0) : 0, top_k, float(eps), integers(lengths), integers(ends)};
+  const int64_t tokens = z.tokens(), channels = compressor ? 2 * compressor->channels() : 0;
+  const int64_t index_channels = indexer ? 2 * indexer->channels() : 0;
+  auto room = [&](int64_t numbers) { return std::vector<float>(tokens * numbers); };
+  Known known{room(z.all()), room(z.width), room(channels), room(index_channels),
+              room(indexer ? z.index_heads * indexer->width : 0), room(z.index_heads)};
   Tensor y = torch::stable::empty_like(x);
-  thin_parallel(tokens, {grouped.data(), o_a.size(0)}, o_b, floats_of(y), hidden);
+  by_tokens(tokens, [&](int64_t first, int64_t last) {
+    prepare(z, x, weights, indexing, compressor, indexer, frequencies, first, last, known);
+  });
+  auto each = [&](auto&& f) {
+    for (int64_t t = 0; t < tokens; t++)
+      if (z.real(t)) f(t, z.row(t), z.position(t));
+  };
+  each([&](int64_t t, int64_t b, int64_t position) {
+    if (compressor) compressor->take(b, position, known.tokens.data() + t * channels, frequencies, z.eps);
+    if (indexer) indexer->take(b, position, known.index_tokens.data() + t * index_channels, frequencies, z.eps);
+  });
+  by_tokens(tokens, [&](int64_t first, int64_t last) {
+    finish(z, known, window, compressor, indexer, weights, frequencies, groups, first, last, floats_of(y));
+  });
+  each([&](int64_t t, int64_t b, int64_t position) { window.write(b, position, known.key.data() + t * z.width); });
   return y;
 }
 

@@ -1,4 +1,4 @@
-// Multi-head latent attention of the few rows of a decoding step, over the latents of a cache that is filled in place;
+// Multi-head latent attention of the few tokens of a decoding step, or of a prompt's chunk, over the latents of a cache that is filled in place;
 // see reference/decode_latent_attention.py.
 //
 // Shapes: B rows, S tokens a row, T = B S, D hidden size, H heads, N channels without position, R rotary channels,
@@ -18,15 +18,15 @@ struct Sizes {
   int64_t key() const { return latent + rope; }
 };
 
-// x through a and b with a norm between, or through b alone.
-void queries(const Sizes& z, const Strided& x, const std::vector<Tensor>& weights, float eps, float* q) {
+// x [count, D] through a and b with a norm between, or through b alone.
+void queries(int64_t count, const Strided& x, const std::vector<Tensor>& weights, float eps, float* q) {
   const Tensor& b = weights.back();
-  if (weights.size() == 1) return thin_parallel(z.tokens(), x, b, q, b.size(0));
+  if (weights.size() == 1) return thin_parallel(count, x, b, q, b.size(0));
   const int64_t rank = weights[0].size(0);
-  std::vector<float> low(z.tokens() * rank);
-  thin_parallel(z.tokens(), x, weights[0], low.data(), rank);
-  for (int64_t t = 0; t < z.tokens(); t++) normalise_row(low.data() + t * rank, floats(weights[1]), rank, eps);
-  thin_parallel(z.tokens(), {low.data(), rank}, b, q, b.size(0));
+  std::vector<float> low(count * rank);
+  thin_parallel(count, x, weights[0], low.data(), rank);
+  for (int64_t t = 0; t < count; t++) normalise_row(low.data() + t * rank, floats(weights[1]), rank, eps);
+  thin_parallel(count, {low.data(), rank}, b, q, b.size(0));
 }
 
 // One token: its query in the space of the latents [H, C + R] over the first `count` slots -> [H, C].
@@ -46,36 +46,46 @@ Tensor decode_latent_attention(const Tensor& x, const Tensor& lengths, const Ten
   const int64_t latent = kv_norm.size(0), rope = kv_a.size(0) - latent, value = output.size(1) / heads;
   const Sizes z{x.size(0), x.size(1), heads, kv_b.size(0) / heads - value, rope, value, latent};
   const int64_t tokens = z.tokens(), width = x.size(2), up = z.nope + z.value;
-  const Strided in{floats(x), width};
-  std::vector<float> q(tokens * heads * z.query()), kept(tokens * z.key()), out(tokens * heads * value);
-  std::vector<float> turned(tokens * heads * z.key()), sums(tokens * heads * latent, 0.0f);
-  queries(z, in, query, eps, q.data());
-  thin_parallel(tokens, in, kv_a, kept.data(), z.key());
-  for (int64_t h = 0; h < heads; h++)
-    multiply(tokens, latent, z.nope, {q.data() + h * z.query(), heads * z.query()}, floats(kv_b) + h * up * latent,
-             latent, turned.data() + h * z.key(), heads * z.key(), false);
-  const Store store(values, positions);
-  torch::stable::parallel_for(0, z.rows, 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; b++)
-      for (int64_t s = 0, at = integers(lengths)[b]; s < z.length && at < integers(ends)[b]; s++, at++) {
-        const int64_t t = b * z.length + s;
-        const Turn turn(frequencies, at, factor);
-        normalise_row(kept.data() + t * z.key(), floats(kv_norm), latent, eps);
-        turn.apply(kept.data() + t * z.key(), z.key());
-        store.write(b, at, kept.data() + t * z.key());
-        for (int64_t h = 0; h < heads; h++) {
-          float* to = turned.data() + (t * heads + h) * z.key();
-          std::memcpy(to + latent, q.data() + (t * heads + h) * z.query() + z.nope, rope * sizeof(float));
-          turn.apply(to, z.key());
-        }
-        attend(z, turned.data() + t * heads * z.key(), store.row(b), at + 1, scale, sums.data() + t * heads * latent);
+  std::vector<float> kept(tokens * z.key()), turned(tokens * heads * z.key());
+  auto row = [&](int64_t t) { return t / z.length; };
+  auto position = [&](int64_t t) { return integers(lengths)[row(t)] + t % z.length; };
+  auto real = [&](int64_t t) { return position(t) < integers(ends)[row(t)]; };
+  by_tokens(tokens, [&](int64_t first, int64_t last) {
+    const int64_t count = last - first;
+    const Strided in{floats(x) + first * width, width};
+    std::vector<float> q(count * heads * z.query());
+    queries(count, in, query, eps, q.data());
+    thin_parallel(count, in, kv_a, kept.data() + first * z.key(), z.key());
+    for (int64_t h = 0; h < heads; h++)
+      multiply(count, latent, z.nope, {q.data() + h * z.query(), heads * z.query()}, floats(kv_b) + h * up * latent,
+               latent, turned.data() + (first * heads + h) * z.key(), heads * z.key(), false);
+    for (int64_t t = first; t < last; t++) {
+      const Turn turn(frequencies, position(t), factor);
+      normalise_row(kept.data() + t * z.key(), floats(kv_norm), latent, eps);
+      turn.apply(kept.data() + t * z.key(), z.key());
+      for (int64_t h = 0; h < heads; h++) {
+        float* to = turned.data() + (t * heads + h) * z.key();
+        std::memcpy(to + latent, q.data() + ((t - first) * heads + h) * z.query() + z.nope, rope * sizeof(float));
+        turn.apply(to, z.key());
       }
+    }
   });
-  for (int64_t h = 0; h < heads; h++)
-    thin(tokens, {sums.data() + h * latent, heads * latent}, {floats(kv_b) + (h * up + z.nope) * latent, latent},
-         latent, 0, value, out.data() + h * value, heads * value);
+  const Store store(values, positions);
+  for (int64_t t = 0; t < tokens; t++)
+    if (real(t)) store.write(row(t), position(t), kept.data() + t * z.key());
   Tensor y = torch::stable::empty_like(x);
-  thin_parallel(tokens, {out.data(), heads * value}, output, floats_of(y), width);
+  by_tokens(tokens, [&](int64_t first, int64_t last) {
+    const int64_t count = last - first;
+    std::vector<float> out(count * heads * value), sums(count * heads * latent, 0.0f);
+    for (int64_t t = first; t < last; t++)
+      if (real(t))
+        attend(z, turned.data() + t * heads * z.key(), store.row(row(t)), position(t) + 1, scale,
+               sums.data() + (t - first) * heads * latent);
+    for (int64_t h = 0; h < heads; h++)
+      thin(count, {sums.data() + h * latent, heads * latent}, {floats(kv_b) + (h * up + z.nope) * latent, latent},
+           latent, 0, value, out.data() + h * value, heads * value);
+    thin_parallel(count, {out.data(), heads * value}, output, floats_of(y) + first * width, width);
+  });
   return y;
 }
 

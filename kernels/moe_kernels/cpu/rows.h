@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int64_t OUTPUTS = 64;         // of a product that are one piece of work
-constexpr int64_t ENOUGH = 1 << 17;     // multiply-adds that are worth another thread
+constexpr int64_t ENOUGH = 1 << 18;     // multiply-adds that are worth another thread
 constexpr int64_t AHEAD = 1 << 13;      // numbers between a weight that is used and the one that is fetched then
 constexpr int SECOND_CACHE = 2;         // where it goes: 32 kB would be all of the first
 constexpr float NEVER = -1e30f;         // a logit whose exponential is zero
@@ -120,6 +120,17 @@ inline void thin_parallel(int64_t rows, const Strided& x, const Strided& weights
 inline void thin_parallel(int64_t rows, const Strided& x, const Tensor& weights, float* y, int64_t y_row) {
   const int64_t inner = weights.size(1);
   thin_parallel(rows, x, {floats(weights), inner}, inner, weights.size(0), y, y_row);
+}
+
+// Tokens in pieces, each by one thread, where there are tiles for all threads; else at once, and the products inside of
+// it are divided by their outputs.
+template <class F>
+void by_tokens(int64_t tokens, const F& piece) {
+  const int64_t tiles = parts(tokens, TILE);
+  if (tiles < torch::stable::get_num_threads()) return piece(int64_t(0), tokens);
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    piece(first * TILE, std::min(last * TILE, tokens));
+  });
 }
 
 // x = weight x / rms(x) in place; a weight of null is one of ones.
