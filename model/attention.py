@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         if context.decoding:
-            return self._decode(x_BSD, context, layer)
+            return context.by_part(lambda part_BSD, part: self._decode(part_BSD, part, layer), x_BSD)
         turn = context.rotation()
         q_BSHQ = self._queries(x_BSD, turn)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent, self.rope], dim=-1)

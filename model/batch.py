@@ -26,11 +26,11 @@ from moe_kernels import skinny_linear
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.cache import Cache
+from model.cache import Cache, Part
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
-    from model.transformer import MoETransformer
+    from model.transformer import MoETransformer, Output
 
 CHUNK = 256  # prompt tokens a pass
 COST = 1.7  # of a step with drafts, in steps without: 1.5 to 1.9 were measured, for 1 to 16 rows
@@ -82,7 +82,10 @@ def choose(logits_RV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 class Reading:
-    """Prompts of one length on their way into a batch: `advance` until `done`, then `tokens` has the first new ones."""
+    """Prompts of one length on their way into a batch: `advance` until `done`, then `tokens` has the first new ones.
+
+    with_logits: `chunk_RCV` has those of the last chunk, [R, C, V] fp32.
+    """
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class Reading:
         prompts: Sequence[Sequence[int]],
         samplers: Sequence[Sampler],
         speculate: bool = True,
+        with_logits: bool = False,
     ) -> None:
         self.net, self.samplers, self.length, self.at = net, list(samplers), len(prompts[0]), 0
         device = net.lm_head.weight.device
@@ -98,6 +102,8 @@ class Reading:
         self.ahead = Cache(len(prompts), device) if speculate and net.config.num_nextn_predict_layers else None
         self.tokens: list[int] = []
         self.drafts: list[int] = []
+        self.with_logits = with_logits
+        self.chunk_RCV: Tensor | None = None
 
     @property
     def done(self) -> bool:
@@ -115,13 +121,18 @@ class Reading:
         self.ahead = None if state[1] is None or self.ahead is None else state[1].copy()
 
     @torch.inference_mode()
-    def advance(self, with_logits: bool = False) -> Tensor | None:
-        """Read the next chunk; its logits [R, C, V] fp32 where they are asked for."""
+    def advance(self) -> None:
+        """Read the next chunk by itself."""
+        self.take(self.net.proceed([self.part()])[0])
+
+    def part(self) -> Part:
+        """The next chunk, filled up to what a pass needs."""
         part_RC = self.ids_RS[:, self.at : self.at + CHUNK]
-        count = part_RC.shape[1]
-        short = 0 if self.net.decodes(count) else -count % tokens_of_a_pass(self.net.config)
-        counts_R = torch.full_like(self.cache.lengths_B, count)
-        out = self.net(F.pad(part_RC, (0, short)), cache=self.cache, counts_B=counts_R, with_logits=with_logits)
+        return Part(self._filled(part_RC), self.cache, torch.full_like(self.cache.lengths_B, part_RC.shape[1]))
+
+    def take(self, out: Output) -> None:
+        """What came of it."""
+        count = min(CHUNK, self.length - self.at)
         self.cache.settle(self.cache.lengths_B + count)
         self.at += count
         next_RC = self.ids_RS[:, self.at - count + 1 : self.at + 1]
@@ -130,10 +141,15 @@ class Reading:
             self.tokens = choose(self.logits_RV, self.samplers)
             next_RC = torch.cat([next_RC, next_RC.new_tensor(self.tokens)[:, None]], dim=1)
         if self.ahead is not None:
-            foretold = self.net.foretell(out.state, F.pad(next_RC, (0, short)), self.ahead, counts_R)
+            counts_R = torch.full_like(self.ahead.lengths_B, count)
+            foretold = self.net.foretell(out.state, self._filled(next_RC), self.ahead, counts_R)
             self.ahead.settle(self.ahead.lengths_B + count)
             self.drafts = _head(self.net, foretold[:, count - 1]).argmax(dim=-1).tolist()
-        return out.logits[:, :count] if out.logits is not None else None
+        self.chunk_RCV = _head(self.net, out.hidden)[:, :count] if self.with_logits else None
+
+    def _filled(self, ids_RC: Tensor) -> Tensor:
+        count = ids_RC.shape[1]
+        return ids_RC if self.net.decodes(count) else F.pad(ids_RC, (0, -count % tokens_of_a_pass(self.net.config)))
 
 
 class Pace:
@@ -199,22 +215,33 @@ class Batch:
             self._fill_up()
 
     @torch.inference_mode()
-    def step(self) -> list[list[int]]:
-        """The next tokens of each row: one, or two where a draft was right."""
+    def step(self, readings: Sequence[Reading] = ()) -> list[list[int]]:
+        """The next tokens of each row: one, or two where a draft was right. Beside it each reading takes its next chunk
+        (piggybacked on the step's weights as in Sarathi-Serve, OSDI 2024)."""
+        parts = [reading.part() for reading in readings]
+        own = [self._part()] if len(self) else []
+        outs = self.net.proceed(own + parts)
+        for reading, out in zip(readings, outs[len(own) :], strict=True):
+            reading.take(out)
+        return self._take(outs[0]) if own else []
+
+    def _part(self) -> Part:
         width = 1 if self.ahead is None else 2
-        ids_BS = torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width]
-        out = self.net(ids_BS, cache=self.cache, with_logits=True)
-        self.logits_BSV = out.logits
-        tokens = [[token] for token in choose(out.logits[: len(self), 0], self.samplers)]
+        return Part(torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width], self.cache)
+
+    def _take(self, out: Output) -> list[list[int]]:
+        width = out.hidden.shape[1]
+        self.logits_BSV = logits_BSV = _head(self.net, out.hidden)
+        tokens = [[token] for token in choose(logits_BSV[: len(self), 0], self.samplers)]
         right = [row for row in range(len(self)) if width > 1 and tokens[row][0] == self.next[row][1]]
         if right:
-            second = choose(out.logits[right, 1], [self.samplers[row] for row in right])
+            second = choose(logits_BSV[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
         if self.ahead is not None and self._may_stop_drafting():
             self.pace.note(fmean(map(len, tokens)))
             self.ahead = self.ahead if self.pace.pays else None
-        self._settle(out.state, tokens + tokens[:1] * (len(ids_BS) - len(self)))
+        self._settle(out.state, tokens + tokens[:1] * (len(out.hidden) - len(self)))
         return tokens
 
     def _may_stop_drafting(self) -> bool:
@@ -257,7 +284,9 @@ def tokens_of_a_pass(config: ModelConfig) -> int:
     return max(MULTIPLE, *(VECTORS // math.gcd(VECTORS, width) for width in widths))
 
 
-def _head(net: MoETransformer, hidden_RD: Tensor) -> Tensor:
-    """Logits [R, V] fp32."""
+def _head(net: MoETransformer, hidden: Tensor) -> Tensor:
+    """Logits [..., V] fp32 of [..., D]."""
+    hidden_RD = hidden.flatten(0, -2)
     rows, multiple = len(hidden_RD), 1 if net.decodes() else MULTIPLE
-    return skinny_linear(F.pad(hidden_RD, (0, 0, 0, -rows % multiple)), net.lm_head.weight)[:rows].float()
+    logits_RV = skinny_linear(F.pad(hidden_RD, (0, 0, 0, -rows % multiple)), net.lm_head.weight)[:rows].float()
+    return logits_RV.unflatten(0, hidden.shape[:-1])

@@ -8,6 +8,7 @@ Shapes: B rows, S new tokens, N slots, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,18 @@ class Cache:
         same = Cache(0, self.lengths_B.device)
         same.extend(self, range(len(self.lengths_B)))
         return same
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens [B, S] int64 that go on where each row of a cache ends; counts_B: how many of the S are real (None: all).
+
+    The cache is filled; who reads the output says by `Cache.settle` how many tokens stay.
+    """
+
+    input_ids: Tensor
+    cache: Cache
+    counts_B: Tensor | None = None
 
 
 class Slots:

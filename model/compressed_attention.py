@@ -47,7 +47,7 @@ class CompressedAttention(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         if context.decoding:
-            return self._decode(x_BSD, context, layer)
+            return context.by_part(lambda part_BSD, part: self._decode(part_BSD, part, layer), x_BSD)
         c, turn = self.config, context.rotation(self.rope)
         query_BSR = self.q_a_norm(self.q_a_proj(x_BSD))
         q_BSHD = self.q_b_proj(query_BSR).unflatten(-1, (c.num_attention_heads, c.head_dim))

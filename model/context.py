@@ -57,7 +57,8 @@ class Context:
         decoding: bool = False,
     ) -> None:
         self.config, self.input_ids, self.cache, self.sparse = config, input_ids, cache, sparse
-        self.decoding = decoding and cache is not None  # by operations for few tokens, each on its own
+        self.decoding = decoding and cache is not None  # by operations that take each token on its own
+        self.parts = [self]  # with caches of their own
         self.statistics: dict[str, list[Tensor]] = {}
         self._made: dict[object, object] = {}
         length, device = input_ids.shape[1], input_ids.device
@@ -84,6 +85,26 @@ class Context:
         other = copy.copy(self)
         other.real_BS = inner_BS if self.real_BS is None else inner_BS & self.real_BS
         return other
+
+    @staticmethod
+    def together(parts: list[Context]) -> Context:
+        """The tokens of all those that decode, as one row; only attention takes each part by itself."""
+        whole = copy.copy(parts[0])
+        whole.input_ids = torch.cat([part.input_ids.flatten() for part in parts])[None]
+        whole.parts = parts
+        return whole
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The [B, S, ...] of each part."""
+        pieces = x.flatten(0, 1).split([part.input_ids.numel() for part in self.parts])
+        return [piece.unflatten(0, part.input_ids.shape) for part, piece in zip(self.parts, pieces, strict=True)]
+
+    def by_part(self, attend: Callable[[Tensor, Context], Tensor], x_BSD: Tensor) -> Tensor:
+        """What it makes of each part."""
+        if len(self.parts) == 1:
+            return attend(x_BSD, self)
+        made = [attend(x, part).flatten(0, 1) for part, x in zip(self.parts, self.split(x_BSD), strict=True)]
+        return torch.cat(made)[None]
 
     def note(self, name: str, value: Tensor) -> None:
         """Keep a layer's figure; the forward pass stacks those of one name."""

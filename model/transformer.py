@@ -6,6 +6,7 @@ experts. DeepSeek-V3, arXiv 2412.19437, figure 2; V4, arXiv 2606.19348, figure 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from moe_kernels import decodes
 from torch import Tensor, nn
 
 from model.block import Block
-from model.cache import Cache
+from model.cache import Cache, Part
 from model.config import ModelConfig
 from model.context import Context
 from model.hyper_connections import HyperHead
@@ -88,12 +89,7 @@ class MoETransformer(nn.Module):
         context = Context(
             self.config, input_ids, document_ids, cache, counts_B, sparse, self.decodes(input_ids.shape[1])
         )
-        x = embedded_BSD = self.model.embed_tokens(input_ids)
-        if self.config.is_v4:
-            x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
-        for number, block in enumerate(self.model.layers):
-            x = block(x, context, f"layer {number}")
-        hidden_BSD = self.model.norm(self.model.hc_head(x) if self.config.is_v4 else x)
+        embedded_BSD, x, hidden_BSD = self._through(context)
         logits_BSV = context.linear(hidden_BSD, self.lm_head.weight).float() if with_logits else None
         foretold = None
         if with_mtp and self.config.num_nextn_predict_layers:
@@ -102,6 +98,25 @@ class MoETransformer(nn.Module):
         if "expert_load" not in statistics:
             statistics["expert_load"] = input_ids.new_zeros(0, self.config.n_routed_experts)
         return Output(logits_BSV, hidden_BSD, x, foretold, statistics)
+
+    def proceed(self, parts: Sequence[Part]) -> list[Output]:
+        """Of each part, without logits; where kernels take each token on its own, all go through a layer together."""
+        shapes = [part.input_ids.shape for part in parts]
+        if len(parts) == 1 or not all(self.decodes(length) for _, length in shapes):
+            return [self(p.input_ids, cache=p.cache, counts_B=p.counts_B, with_logits=False) for p in parts]
+        contexts = [Context(self.config, p.input_ids, cache=p.cache, counts_B=p.counts_B, decoding=True) for p in parts]
+        context = Context.together(contexts)
+        _, state, hidden = self._through(context)
+        return [Output(None, h, x) for h, x in zip(context.split(hidden), context.split(state), strict=True)]
+
+    def _through(self, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """(embeddings [B, S, D], the trunk's last state [B, S, D] or [B, S, N, D], hidden [B, S, D] for the head)."""
+        x = embedded_BSD = self.model.embed_tokens(context.input_ids)
+        if self.config.is_v4:
+            x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        for number, block in enumerate(self.model.layers):
+            x = block(x, context, f"layer {number}")
+        return embedded_BSD, x, self.model.norm(self.model.hc_head(x) if self.config.is_v4 else x)
 
     def decodes(self, tokens: int = 1) -> bool:
         """Whether so many tokens a row, after those of a cache, go through kernels that take each on its own."""

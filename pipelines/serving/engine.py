@@ -1,6 +1,6 @@
 """Many requests decoded together: a thread of its own around `model/batch.py`.
 
-Requests wait in a queue; between two steps of the running rows one chunk of newcomers' prompts is read, so that nobody
+Requests wait in a queue; each step of the running rows also reads one chunk of newcomers' prompts, so that nobody
 stalls long; an answer goes to its request's `emit`, piece by piece, in the engine's thread.
 """
 
@@ -101,7 +101,6 @@ class _Row:
 
     request: Request
     answer: Answer
-    reading: Reading | None = None
     scored: list[Scored] = field(default_factory=list)
 
 
@@ -116,7 +115,7 @@ class Engine:
         self.stop_tokens = _stop_tokens(net.config.eos_token_id)
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []  # in the order of the batch
-        self._reading: _Row | None = None
+        self._reading: list[tuple[_Row, Reading]] = []
         self._batch = Batch(net)
         self._prefixes = Prefixes(params.max_prefixes)
         self._closing = False
@@ -150,7 +149,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are read or decoded."""
-        return len(self._rows) + (self._reading is not None)
+        return len(self._rows) + len(self._reading)
 
     @property
     def tokens_per_s(self) -> float:
@@ -200,44 +199,54 @@ class Engine:
                     return
             try:
                 self._drop_cancelled()
-                self._read()
-                self._decode()
+                self._admit()
+                self._step()
             except Exception as error:  # noqa: BLE001  one bad step must not end the server
                 self._fail(error)
 
-    def _read(self) -> None:
-        """Up to one chunk of newcomers' prompts."""
-        budget = batch.CHUNK
-        while budget > 0 and (row := self._newcomer()) is not None:
-            reading = row.reading
-            assert reading is not None
-            before = reading.at
-            logits = reading.advance(with_logits=row.request.score_prompt)
-            budget -= reading.at - before
-            if logits is not None:
-                self._score_prompt(row, logits[0], before)
-            self._prefixes.remember(reading, row.request.prompt)
-            if reading.done:
-                self._reading = None
-                self._begin(row, reading)
-
-    def _newcomer(self) -> _Row | None:
-        """The request that is being read, or the next one that waits, where there is room."""
-        while self._reading is None and self._waiting and len(self._rows) < self.max_batch:
+    def _admit(self) -> None:
+        """Requests that wait are read where there is room: as many prompts at a time as have a chunk's tokens."""
+        read = sum(min(batch.CHUNK, reading.length - reading.at) for _, reading in self._reading)
+        while self._waiting and self.running < self.max_batch:
+            if self._reading and read + len(self._waiting[0].prompt) > batch.CHUNK:
+                return
             with self._changed:
                 request = self._waiting.popleft()
             if request.cancelled:
                 continue
-            sampler = Sampler(request.temperature, request.top_p, request.seed)
-            reading = Reading(self.net, [request.prompt], [sampler], speculate=self._batch.drafts)
-            if not request.score_prompt:
-                request.cached_tokens = self._prefixes.resume(reading, request.prompt)
-            self._reading = _Row(request, Answer(self.text, request.stops), reading)
-        return self._reading
+            self._reading.append((_Row(request, Answer(self.text, request.stops)), self._opened(request)))
+            read += len(request.prompt)
+
+    def _opened(self, request: Request) -> Reading:
+        """Its prompt, whose beginning may be known."""
+        sampler = Sampler(request.temperature, request.top_p, request.seed)
+        reading = Reading(self.net, [request.prompt], [sampler], self._batch.drafts, request.score_prompt)
+        if not request.score_prompt:
+            request.cached_tokens = self._prefixes.resume(reading, request.prompt)
+        return reading
+
+    def _step(self) -> None:
+        """The next tokens of the running rows, and the next chunk of each prompt that is read."""
+        if not self.running:
+            return
+        starts = [reading.at for _, reading in self._reading]
+        tokens, logits_BSV = self._batch.step([reading for _, reading in self._reading]), self._batch.logits_BSV
+        self._leave([p for p, row in enumerate(self._rows) if self._take(row, tokens[p], logits_BSV[p])])
+        for (row, reading), start in zip(self._reading, starts, strict=True):
+            self._has_read(row, reading, start)
+        self._reading = [(row, reading) for row, reading in self._reading if not reading.done]
+
+    def _has_read(self, row: _Row, reading: Reading, start: int) -> None:
+        """A chunk from that token on: it is scored and remembered; after the last one the row joins the others."""
+        if reading.chunk_RCV is not None:
+            self._score_prompt(row, reading.chunk_RCV[0], start)
+        self._prefixes.remember(reading, row.request.prompt)
+        if reading.done:
+            self._begin(row, reading)
 
     def _begin(self, row: _Row, reading: Reading) -> None:
         """The prompt is read: its score goes out, its first token counts, and its row joins the others."""
-        request, row.reading = row.request, None
+        request = row.request
         if request.score_prompt:
             request.emit(Piece(scored=row.scored))
         if request.max_new_tokens == 0:
@@ -246,18 +255,7 @@ class Engine:
         self._rows.append(row)
         self._batch.join(reading)
         if self._take(row, reading.tokens, reading.logits_RV):
-            self._leave({len(self._rows) - 1})
-
-    def _decode(self) -> None:
-        """One step of the running rows."""
-        if not self._rows:
-            return
-        tokens = self._batch.step()
-        logits_BSV = self._batch.logits_BSV
-        assert logits_BSV is not None
-        self._leave(
-            [place for place, row in enumerate(self._rows) if self._take(row, tokens[place], logits_BSV[place])]
-        )
+            self._leave([len(self._rows) - 1])
 
     def _take(self, row: _Row, tokens: list[int], logits_SV: Tensor) -> bool:
         """New tokens of a row, each chosen from its logits; sends them and says whether the answer is complete."""
@@ -301,15 +299,14 @@ class Engine:
             self._batch.keep(order)
 
     def _drop_cancelled(self) -> None:
-        if self._reading and self._reading.request.cancelled:
-            self._reading = None
+        self._reading = [(row, reading) for row, reading in self._reading if not row.request.cancelled]
         self._leave(place for place, row in enumerate(self._rows) if row.request.cancelled)
 
     def _fail(self, error: Exception) -> None:
         """Everything in flight ends with an error; the queue goes on."""
         stage.say(f"serve      a step failed: {type(error).__name__}: {error}")
-        rows = [*self._rows, *([self._reading] if self._reading else [])]
-        self._rows, self._reading, self._batch = [], None, Batch(self.net)
+        rows = [*self._rows, *(row for row, _ in self._reading)]
+        self._rows, self._reading, self._batch = [], [], Batch(self.net)
         for row in rows:
             self._end(row, Piece(text="the engine failed; try again", finish_reason="error"))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -41,13 +42,15 @@ class Text:
         names = {
             key: value for key, value in self.settings.items() if key.endswith("_token") and isinstance(value, str)
         }
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            template = environment.from_string(self.chat_template)
-            text = template.render(messages=messages, add_generation_prompt=True, **names)
+            text = self._template.render(messages=messages, add_generation_prompt=True, **names)
         except TemplateError as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _template(self) -> Template:
+        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.chat_template)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Without control tokens."""
