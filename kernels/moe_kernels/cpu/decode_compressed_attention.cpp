@@ -10,6 +10,7 @@
 // Compressed entries are made one token after the other; all else is divided among threads by tokens. A row's new keys
 // come into its window last, since a slot that one takes may be the last of another's window.
 #include <memory>
+#include <numeric>
 #include <optional>
 
 #include "rows.h"
@@ -88,24 +89,102 @@ struct Known {
   std::vector<float> q, key, tokens, index_tokens, index_q, index_weights;
 };
 
-// Entries before `visible` that a token attends to, in order: all, or the indexer's best, of equal ones the first.
+constexpr int ASKED = 8;  // indexer heads at a time
+
+#if defined(__clang__)
+template <size_t... i>
+inline std::pair<V, V> zip(V a, V b, std::index_sequence<i...>) {
+  return {__builtin_shufflevector(a, b, (i / 2 + i % 2 * W)...), __builtin_shufflevector(a, b, (W / 2 + i / 2 + i % 2 * W)...)};
+}
+#else
+template <size_t... i>
+inline std::pair<V, V> zip(V a, V b, std::index_sequence<i...>) {
+  return {__builtin_shuffle(a, b, I{int(i / 2 + i % 2 * W)...}), __builtin_shuffle(a, b, I{int(W / 2 + i / 2 + i % 2 * W)...})};
+}
+#endif
+
+// Up to W keys of `width` numbers to vectors of one number each, a key a lane.
+void turn_over(const float* keys, int64_t count, int64_t width, V* across) {
+  for (int64_t c = 0; c < width; c += W) {
+    V from[W], to[W];
+    for (int i = 0; i < W; i++) {
+      const float* key = keys + std::min<int64_t>(i, count - 1) * width + c;
+      std::memcpy(&(from[i] = V{}), key, std::min<int64_t>(W, width - c) * sizeof(float));
+    }
+    for (int stage = 1; stage < W; stage *= 2, std::swap_ranges(from, from + W, to))
+      for (int i = 0; i < W / 2; i++)
+        std::tie(to[2 * i], to[2 * i + 1]) = zip(from[i], from[i + W / 2], std::make_index_sequence<W>());
+    std::copy_n(from, W, across + c);
+  }
+}
+
+// The sum over some heads of w relu(q . k), of W keys.
+V score(const float* q, const float* weights, int64_t heads, int64_t width, const V* across) {
+  V match[ASKED] = {}, total{};
+  for (int64_t c = 0; c < width; c++)
+    for (int j = 0; j < ASKED; j++) match[j] += q[std::min<int64_t>(j, heads - 1) * width + c] * across[c];
+  for (int64_t j = 0; j < heads; j++) total += weights[j] * (match[j] > 0.0f ? match[j] : V{});
+  return total;
+}
+
+// Floats as whole numbers of the same order.
+inline Words ordered(V v) {
+  Words bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits ^ ((Words)((I)bits >> 31) | 0x80000000u);
+}
+
+// How many of the numbers are at least `least`; their count is a multiple of W.
+int64_t reach(const std::vector<uint32_t>& numbers, uint32_t least) {
+  I total{};
+  for (size_t k = 0; k < numbers.size(); k += W) {
+    Words words;
+    std::memcpy(&words, numbers.data() + k, sizeof words);
+    total -= words >= least;
+  }
+  int64_t sum = 0;
+  for (int i = 0; i < W; i++) sum += total[i];
+  return sum;
+}
+
+// The `count` largest scores of the row, of equal ones the first, in order: bit by bit the number that so many reach.
+std::vector<int64_t> largest(const std::vector<float>& scores, int64_t visible, int64_t count) {
+  std::vector<uint32_t> numbers(scores.size());
+  for (size_t k = 0; k < scores.size(); k += W) {
+    const Words words = ordered(load(scores.data() + k));
+    std::memcpy(numbers.data() + k, &words, sizeof words);
+  }
+  std::fill(numbers.begin() + visible, numbers.end(), 0);
+  uint32_t least = 0;
+  int64_t found = numbers.size();
+  for (uint32_t bit = 1u << 31; bit && found != count; bit >>= 1)
+    if (const int64_t more = reach(numbers, least | bit); more >= count) least |= bit, found = more;
+  std::vector<int64_t> chosen;
+  int64_t equal = count - (found == count ? found : reach(numbers, least + 1));
+  for (int64_t k = 0; k < visible; k++)
+    if (found == count ? numbers[k] >= least : numbers[k] > least || (numbers[k] == least && equal-- > 0)) chosen.push_back(k);
+  return chosen;
+}
+
+// Entries before `visible` that a token attends to, in order: all, or the indexer's best.
 std::vector<int64_t> choose(const float* q, const float* weights, const float* keys, int64_t heads, int64_t width,
                             int64_t visible, int64_t count) {
-  std::vector<int64_t> chosen(visible);
-  for (int64_t i = 0; i < visible; i++) chosen[i] = i;
-  if (visible <= count) return chosen;
+  if (visible <= count) {
+    std::vector<int64_t> all(visible);
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
   const int64_t row = parts(visible, W) * W;
-  std::vector<float> match(heads * row), scores(row);
-  thin(heads, {q, width}, {keys, width}, width, 0, visible, match.data(), row);
-  const float scale = 1.0f / __builtin_sqrtf(float(width * heads));
-  for (int64_t j = 0; j < heads; j++)
-    for (int64_t k = 0; k < visible; k++) scores[k] += weights[j] * scale * std::max(match[j * row + k], 0.0f);
-  std::nth_element(chosen.begin(), chosen.begin() + count, chosen.end(), [&](int64_t a, int64_t b) {
-    return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
-  });
-  chosen.resize(count);
-  std::sort(chosen.begin(), chosen.end());
-  return chosen;
+  std::vector<float> scores(row);
+  std::vector<V> across(parts(width, W) * W);
+  for (int64_t k = 0; k < visible; k += W) {
+    turn_over(keys + k * width, std::min<int64_t>(W, visible - k), width, across.data());
+    V total{};
+    for (int64_t j = 0; j < heads; j += ASKED)
+      total += score(q + j * width, weights + j, std::min<int64_t>(ASKED, heads - j), width, across.data());
+    store(scores.data() + k, total * (1.0f / __builtin_sqrtf(float(width * heads))));
+  }
+  return largest(scores, visible, count);
 }
 
 // One token: its queries [H, C] over the window up to its position and the chosen entries -> [H, C].
