@@ -40,19 +40,30 @@ def read(net: MoETransformer, prompt: list[int], sampling: dict) -> Reading:
 
 
 def served(net: MoETransformer, asked: list[Asked], most: int, random: Random) -> list[tuple[list[int], Tensor]]:
-    """(new tokens, the logits they were chosen from) of each; up to `most` at once, and they come when they come."""
+    """(new tokens, the logits they were chosen from) of each; up to `most` at once, and they come when they come.
+
+    Prompts are read beside the steps of the others, some two at a time.
+    """
     batch, running, waiting = Batch(net), [], list(range(len(asked)))
+    readings: dict[int, Reading] = {}
     got: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in asked]
-    while waiting or running:
-        while waiting and len(running) < most and (not running or random.random() < 0.5):
-            running.append(waiting.pop(0))
-            reading = read(net, *asked[running[-1]][:2])
-            batch.join(reading)
-            got[running[-1]] = (list(reading.tokens), [reading.logits_RV[0]])
-        for place, tokens in enumerate(batch.step()):
+    while waiting or running or readings:
+        while waiting and len(running) + len(readings) < most and (not running or random.random() < 0.5):
+            prompt, sampling, _ = asked[waiting[0]]
+            readings[waiting.pop(0)] = Reading(net, [prompt], [Sampler(**sampling)], batch.drafts)
+        for place, tokens in enumerate(batch.step(list(readings.values()))):
             got[running[place]][0].extend(tokens)
             got[running[place]][1].extend(batch.logits_BSV[place, : len(tokens)])
-        left = [place for place, number in enumerate(running) if len(got[number][0]) < asked[number][2]]
+        for number in [number for number, reading in readings.items() if reading.done]:
+            reading = readings.pop(number)
+            batch.join(reading)
+            running.append(number)
+            got[number] = (list(reading.tokens), [reading.logits_RV[0]])
+        left = list(range(len(running)))
+        for place in reversed(range(len(running))):
+            if len(got[running[place]][0]) >= asked[running[place]][2]:
+                left[place] = left[-1]  # the last row takes the place of one that leaves
+                left.pop()
         running = [running[place] for place in left]
         batch.keep(left)
     return [(tokens[:n], torch.stack(logits[:n])) for (tokens, logits), (_, _, n) in zip(got, asked, strict=True)]
