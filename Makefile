@@ -36,8 +36,8 @@ test-triton: .venv-triton/installed ## tests of the Triton kernels, by Triton's 
 lab: .venv/installed-lab ## JupyterLab on 127.0.0.1, with the notebooks, git, MLflow and DVC's plots
 	@JUPYTER_CONFIG_PATH=notebooks/.jupyter jupyter lab
 
-notebooks: .venv/installed-lab ## execute all notebooks, pages in reports/notebooks
-	@dvc repro --quiet notebooks/dvc.yaml
+notebooks: .venv/installed-lab ## execute all notebooks, pages in notebooks/pages
+	@cd notebooks && dvc repro --quiet
 
 pictures: .venv/installed-pictures ## the pictures of the README, from this project as it is
 	@python -m pipelines.notebooks.pictures

@@ -259,7 +259,8 @@ def compare_indexer(
 def best(scores_BST: Tensor, count: int, stable: bool = False) -> Tensor:
     """True at the `count` highest scores of each query, [B, S, T]. stable: of equal ones the first, whatever T is.
 
-    Otherwise those that transformers would take. Both agree unless scores are equal, which is when all heads of an
+    Otherwise those that transformers would take: which, of equal ones, changes with how many later entries there are,
+    and these a cache can not know. Both agree unless scores are equal, which is when all heads of an
     indexer score 0: rare from eight heads on, frequent with one or two, where cached decoding then departs from the
     full forward pass.
     """

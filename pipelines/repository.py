@@ -24,11 +24,13 @@ SMALL = 1 << 20  # bytes of a file that is read to see whether it changed
 
 
 def root() -> Path:
-    """The repository's root: where DVC is (for a temporary experiment the original place), else here."""
-    if "DVC_ROOT" in os.environ:
-        return Path(os.environ["DVC_ROOT"])
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    """The repository's root: where DVC is (for a temporary experiment the original place), else here.
+
+    The notebooks are a DVC project of their own inside of it, without parameters.
+    """
+    here = Path(os.environ.get("DVC_ROOT", Path.cwd()))
+    ours = (folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir())
+    return next((folder for folder in ours if (folder / "params.yaml").exists()), here)
 
 
 def enter() -> None:

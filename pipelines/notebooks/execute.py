@@ -1,6 +1,6 @@
 """Execute a notebook from top to bottom and keep what it showed, as a page and as a notebook with outputs.
 
-    python -m pipelines.notebooks.execute 03_architecture     notebooks/*.py -> reports/notebooks/*.html, *.ipynb
+    python -m pipelines.notebooks.execute 03_architecture     notebooks/*.py -> notebooks/pages/*.html, *.ipynb
 
 papermill runs it in this environment at the repository's root; page and notebook go to MLflow too. notebooks/dvc.yaml
 holds one stage a notebook: `make notebooks` runs those whose inputs changed.
@@ -22,7 +22,7 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-NOTEBOOKS, EXECUTED = Path("notebooks"), Path("reports/notebooks")
+NOTEBOOKS, EXECUTED = Path("notebooks"), Path("notebooks/pages")
 OF_DVC = "DVC_"  # variables of the running stage: a notebook starts stages of its own
 QUIET = ["--IPKernelApp.log_level=40"]  # the kernel need not say that it listens on 127.0.0.1
 OFFLINE = {"mathjax_url": "", "require_js_url": "", "jquery_url": "", "mermaid_js_url": ""}  # nothing from a network

@@ -147,7 +147,7 @@ def _repo() -> Any:
 
 
 def _stages(repo: Any) -> list[Any]:
-    """Those of dvc.yaml at the root; notebooks/dvc.yaml is nobody's input."""
+    """Those of dvc.yaml at the root."""
     return [stage for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"]
 
 

@@ -20,18 +20,18 @@ NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.py"))
 @pytest.fixture(scope="module")
 def executed(project):
     project.commit("first model")
-    project.run("dvc", "repro", "notebooks/dvc.yaml")
+    project.run("dvc", "--cd", "notebooks", "repro")
     return project
 
 
 def outputs(project, name: str) -> list:
-    notebook = nbformat.read(project.folder / f"reports/notebooks/{name}.ipynb", as_version=4)
+    notebook = nbformat.read(project.folder / f"notebooks/pages/{name}.ipynb", as_version=4)
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_and_leaves_a_page(executed, name: str) -> None:
-    page = (executed.folder / f"reports/notebooks/{name}.html").read_text()
+    page = (executed.folder / f"notebooks/pages/{name}.html").read_text()
     assert not re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>""", page)
     shown = outputs(executed, name)
     assert not [output.text for output in shown if output.get("name") == "stderr"]
