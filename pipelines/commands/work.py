@@ -88,13 +88,15 @@ def demo() -> None:
     params = load_params(PARAMS)
     link_runs(REPORTS)
     version = register_version(params.register_, RELEASE, REPORTS)
-    typer.echo(f"register   {version.name} version {version.version}, digest {version.tags['digest'][:12]}", err=True)
+    where = version.tags["device"] + (", emulated" if version.tags["emulated"] == "true" else "")
+    named = f"{version.name} version {version.version}"
+    typer.echo(f"register   {named}, trained on {where}, digest {version.tags['digest'][:12]}", err=True)
     try:
         outcome = promote_version(params, RELEASE, REPORTS, int(version.version))
         word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
         typer.echo(f"promote    version {version.version} {word}", err=True)
     except UserError as error:
-        typer.echo(f"promote    {error}", err=True)
+        typer.echo(f"promote    {error}\npromote    it is registered; `shovel promote` asks again", err=True)
     _summary(time.monotonic() - start)
 
 
