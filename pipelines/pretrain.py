@@ -38,7 +38,7 @@ def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) 
     epochs = metrics["tokens"] / manifest["splits"]["train"]["tokens"]
     stage.say(
         f"pretrain   {metrics['parameters'] / 1e6:.1f} M weights ({metrics['active_parameters'] / 1e6:.1f} M active), "
-        f"{metrics['tokens'] / 1e6:.1f} M tokens ({epochs:.1f} epochs); loss {metrics['loss_first']:.2f} -> "
+        f"{metrics['tokens']:,} tokens ({epochs:.2f} epochs); loss {metrics['loss_first']:.2f} -> "
         f"{metrics['loss_last']:.2f}, {speed(metrics)}"
     )
     return metrics | {"epochs": epochs}

@@ -54,7 +54,6 @@ using namespace fakecann;
 extern "C" {
 
 aclError aclrtMalloc(void** data, size_t bytes, aclrtMemMallocPolicy) { return allocate(data, bytes); }
-aclError aclrtMallocAlign32(void** data, size_t bytes, aclrtMemMallocPolicy) { return allocate(data, bytes); }
 
 aclError aclrtFree(void* data) {
   std::lock_guard<std::mutex> lock(mutex);
@@ -87,23 +86,14 @@ aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclr
   return ACL_SUCCESS;
 }
 
-aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind, aclrtStream) {
-  return aclrtMemcpy(to, room, from, bytes, kind);
-}
-
-aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind,
-                                       aclrtStream) {
-  return aclrtMemcpy(to, room, from, bytes, kind);
-}
-
 aclError aclrtMemset(void* data, size_t room, int32_t value, size_t bytes) {
   if (bytes > room) return fail(ACL_ERROR_RT_PARAM_INVALID, "a fill is larger than its destination");
   std::memset(data, value, bytes);
   return ACL_SUCCESS;
 }
 
-aclError aclrtMemsetAsync(void* data, size_t room, int32_t value, size_t bytes, aclrtStream) {
-  return aclrtMemset(data, room, value, bytes);
-}
-
 }  // extern "C"
+
+// The stream, their last argument, is not read; all memory is aligned.
+SAME_AS(aclrtMemcpy, aclrtMemcpyAsync) SAME_AS(aclrtMemcpy, aclrtMemcpyAsyncWithCondition)
+SAME_AS(aclrtMemset, aclrtMemsetAsync) SAME_AS(aclrtMalloc, aclrtMallocAlign32)

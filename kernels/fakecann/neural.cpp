@@ -3,12 +3,11 @@
 
 using namespace fakecann;
 
-RESULT(Softmax, (Tensor x, int64_t axis), at::softmax(x, axis))
-RESULT(LogSoftmax, (Tensor x, int64_t axis), at::log_softmax(x, axis))
-RESULT(SoftmaxBackward, (Tensor grad, Tensor y, int64_t axis),
-       at::_softmax_backward_data(grad, y, axis, grad->scalar_type()))
-RESULT(LogSoftmaxBackward, (Tensor grad, Tensor y, int64_t axis),
-       at::_log_softmax_backward_data(grad, y, axis, grad->scalar_type()))
+#define SOFTMAX(NAME, FUNCTION)                                 \
+  RESULT(NAME, (Tensor x, int64_t axis), at::FUNCTION(x, axis)) \
+  RESULT(NAME##Backward, (Tensor grad, Tensor y, int64_t axis), \
+         at::_##FUNCTION##_backward_data(grad, y, axis, grad->scalar_type()))
+SOFTMAX(Softmax, softmax) SOFTMAX(LogSoftmax, log_softmax)
 OPERATOR(NLLLoss,
          (Tensor x, Tensor target, Tensor weight, int64_t reduction, int64_t ignored, Tensor out, Tensor total), {
            auto result = at::nll_loss_forward(x, as_long(target), optional(weight), reduction, ignored);

@@ -26,22 +26,17 @@ CHECKED(ApplyAdamWV2,
   OPERATOR(Foreach##NAME, (UNPACK PARAMETERS, Tensors out), {              \
     for (size_t i = 0; i < out.size(); i++) store(out[i], EXPRESSION);     \
   })
-FOREACH(AddScalarV2, (Tensors x, Number number), at::add(x[i], number))
-FOREACH(MulScalarV2, (Tensors x, Number number), at::mul(x[i], number))
-FOREACH(DivScalarV2, (Tensors x, Number number), at::div(x[i], number))
-FOREACH(AddListV2, (Tensors x, Tensors y, Number alpha), at::add(x[i], y[i], alpha))
-FOREACH(SubListV2, (Tensors x, Tensors y, Number alpha), at::sub(x[i], y[i], alpha))
-FOREACH(AddcmulScalarV2, (Tensors x, Tensors y, Tensors z, Number value), at::addcmul(x[i], y[i], z[i], value))
-FOREACH(AddcdivScalarV2, (Tensors x, Tensors y, Tensors z, Number value), at::addcdiv(x[i], y[i], z[i], value))
-FOREACH(MulList, (Tensors x, Tensors y), x[i] * y[i])
-FOREACH(DivList, (Tensors x, Tensors y), x[i] / y[i])
-FOREACH(LerpScalar, (Tensors x, Tensors y, Number weight), at::lerp(x[i], y[i], weight))
+#define BY_NUMBER(NAME, FUNCTION) FOREACH(NAME, (Tensors x, Number number), at::FUNCTION(x[i], number))
+#define TWO(NAME, FUNCTION) FOREACH(NAME, (Tensors x, Tensors y, Number number), at::FUNCTION(x[i], y[i], number))
+#define THREE(NAME, FUNCTION) \
+  FOREACH(NAME, (Tensors x, Tensors y, Tensors z, Number number), at::FUNCTION(x[i], y[i], z[i], number))
+BY_NUMBER(AddScalarV2, add) BY_NUMBER(MulScalarV2, mul) BY_NUMBER(DivScalarV2, div) BY_NUMBER(Norm, norm)
+TWO(AddListV2, add) TWO(SubListV2, sub) TWO(LerpScalar, lerp)
+THREE(AddcmulScalarV2, addcmul) THREE(AddcdivScalarV2, addcdiv)
+FOREACH(MulList, (Tensors x, Tensors y), x[i] * y[i]) FOREACH(DivList, (Tensors x, Tensors y), x[i] / y[i])
 FOREACH(MulScalarList, (Tensors x, std::vector<at::Scalar*>* numbers), x[i] * *numbers->at(i))
 FOREACH(DivScalarList, (Tensors x, std::vector<at::Scalar*>* numbers), x[i] / *numbers->at(i))
-FOREACH(Norm, (Tensors x, Number order), at::norm(x[i], order))
-FOREACH(Sqrt, (Tensors x), x[i].sqrt())
-FOREACH(Neg, (Tensors x), x[i].neg())
-FOREACH(Copy, (Tensors x), x[i])
+FOREACH(Sqrt, (Tensors x), x[i].sqrt()) FOREACH(Neg, (Tensors x), x[i].neg()) FOREACH(Copy, (Tensors x), x[i])
 OPERATOR(ForeachZeroInplace, (Tensors x), for (const auto& each : x.views()) each.zero_())
 // Gradients times inv_scale; found_inf becomes 1 when one of them is not finite.
 OPERATOR(ForeachNonFiniteCheckAndUnscale, (Tensors grads, Tensor found_inf, Tensor inv_scale), {

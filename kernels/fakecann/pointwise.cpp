@@ -5,10 +5,7 @@
 
 using namespace fakecann;
 
-// Tables of operators and the functions of PyTorch that compute them. With an underscore, as in PyTorch, the operator
-// has a form in place, too.
-#define RESULT_(NAME, PARAMETERS, ...) \
-  RESULT(NAME, PARAMETERS, __VA_ARGS__) OPERATOR(Inplace##NAME, PARAMETERS, store(x, __VA_ARGS__))
+// Tables of operators and the functions of PyTorch that compute them; see RESULT_ for the underscore.
 #define UNARY(NAME, FUNCTION) RESULT(NAME, (Tensor x), at::FUNCTION(x))
 #define UNARY_(NAME, FUNCTION) RESULT_(NAME, (Tensor x), at::FUNCTION(x))
 #define BINARY(NAME, FUNCTION) RESULT(NAME, (Tensor x, Tensor y), at::FUNCTION(x, y))
@@ -39,15 +36,12 @@ NUMBER_(Muls, mul) NUMBER_(Divs, div) NUMBER_(FloorDivides, floor_divide) NUMBER
 NUMBER_(BitwiseAndScalar, bitwise_and)
 
 RESULT(PowScalarTensor, (Number x, Tensor y), at::pow(x, y))
-RESULT_(Add, (Tensor x, Tensor y, Number alpha), at::add(x, y, alpha))
-RESULT_(Adds, (Tensor x, Number y, Number alpha), at::add(x, y, alpha))
-RESULT_(Sub, (Tensor x, Tensor y, Number alpha), at::sub(x, y, alpha))
-RESULT_(Subs, (Tensor x, Number y, Number alpha), at::sub(x, y, alpha))
+#define TERNARY_(NAME, SECOND, THIRD, FUNCTION) RESULT_(NAME, (Tensor x, SECOND y, THIRD z), at::FUNCTION(x, y, z))
+#define FUSED_(NAME, FUNCTION) RESULT_(NAME, (Tensor x, Tensor y, Tensor z, Number value), at::FUNCTION(x, y, z, value))
+TERNARY_(Add, Tensor, Number, add) TERNARY_(Adds, Number, Number, add) TERNARY_(Sub, Tensor, Number, sub)
+TERNARY_(Subs, Number, Number, sub) TERNARY_(Lerp, Tensor, Tensor, lerp) TERNARY_(Lerps, Tensor, Number, lerp)
+FUSED_(Addcmul, addcmul) FUSED_(Addcdiv, addcdiv)
 RESULT(Rsubs, (Tensor x, Number y, Number alpha), at::rsub(x, y, alpha))
-RESULT_(Addcmul, (Tensor x, Tensor y, Tensor z, Number value), at::addcmul(x, y, z, value))
-RESULT_(Addcdiv, (Tensor x, Tensor y, Tensor z, Number value), at::addcdiv(x, y, z, value))
-RESULT_(Lerp, (Tensor x, Tensor y, Tensor weight), at::lerp(x, y, weight))
-RESULT_(Lerps, (Tensor x, Tensor y, Number weight), at::lerp(x, y, weight))
 
 static std::optional<at::Scalar> bound(Number number) {
   return number ? std::optional<at::Scalar>(number) : std::nullopt;
@@ -76,10 +70,9 @@ OPERATOR(InplaceFillTensor, (Tensor x, Tensor value), x->fill_(*value))
 RESULT(Arange, (Number start, Number end, Number step), at::arange(start, end, step, out->options()))
 RESULT(Range, (Number start, Number end, Number step), at::range(start, end, step, out->options()))
 RESULT(Eye, (int64_t rows, int64_t columns), at::eye(rows, columns, out->options()))
-RESULT(Triu, (Tensor x, int64_t diagonal), at::triu(x, diagonal))
-RESULT(Tril, (Tensor x, int64_t diagonal), at::tril(x, diagonal))
-RESULT(Cat, (Tensors xs, int64_t axis), at::cat(xs.views(), axis))
-RESULT(Stack, (Tensors xs, int64_t axis), at::stack(xs.views(), axis))
+#define ALONG(KIND, NAME, FUNCTION, ...) RESULT(NAME, (KIND x, int64_t along), at::FUNCTION(x __VA_ARGS__, along))
+ALONG(Tensor, Triu, triu) ALONG(Tensor, Tril, tril)
+ALONG(Tensors, Cat, cat, .views()) ALONG(Tensors, Stack, stack, .views())
 RESULT(Repeat, (Tensor x, Integers* times), x->repeat(*times))
 RESULT(Roll, (Tensor x, Integers* shifts, Integers* axes), at::roll(x, *shifts, *axes))
 RESULT(Flip, (Tensor x, Integers* axes), x->flip(*axes))

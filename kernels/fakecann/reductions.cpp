@@ -7,19 +7,19 @@ static at::OptionalIntArrayRef optional(const Integers* axes) {
   return axes ? at::OptionalIntArrayRef(*axes) : std::nullopt;
 }
 
-RESULT(ReduceSum, (Tensor x, Integers* axes, bool keep, int type), at::sum(x, optional(axes), keep, scalar_type(type)))
-RESULT(Mean, (Tensor x, Integers* axes, bool keep, int type), at::mean(x, optional(axes), keep, scalar_type(type)))
+#define TYPED(NAME, FUNCTION)                                  \
+  RESULT(NAME, (Tensor x, Integers* axes, bool keep, int type), \
+         at::FUNCTION(x, optional(axes), keep, scalar_type(type)))
+#define OVER_AXES(NAME, FUNCTION, ...) \
+  RESULT(NAME, (Tensor x, Integers* axes, bool keep), at::FUNCTION(x, __VA_ARGS__, keep))
+#define OVER_AXIS(NAME, FUNCTION) RESULT(NAME, (Tensor x, int64_t axis, bool keep), at::FUNCTION(x, axis, keep))
+TYPED(ReduceSum, sum) TYPED(Mean, mean)
+OVER_AXES(Amax, amax, *axes) OVER_AXES(Amin, amin, *axes) OVER_AXES(LogSumExp, logsumexp, *axes)
+OVER_AXES(All, all, optional(axes)) OVER_AXES(Any, any, optional(axes))
+OVER_AXIS(ArgMax, argmax) OVER_AXIS(ArgMin, argmin)
+RESULT(Max, (Tensor x), at::max(x)) RESULT(Min, (Tensor x), at::min(x))
 RESULT(Prod, (Tensor x, int type), at::prod(x, scalar_type(type)))
-RESULT(Max, (Tensor x), at::max(x))
-RESULT(Min, (Tensor x), at::min(x))
-RESULT(Amax, (Tensor x, Integers* axes, bool keep), at::amax(x, *axes, keep))
-RESULT(Amin, (Tensor x, Integers* axes, bool keep), at::amin(x, *axes, keep))
-RESULT(All, (Tensor x, Integers* axes, bool keep), at::all(x, optional(axes), keep))
-RESULT(Any, (Tensor x, Integers* axes, bool keep), at::any(x, optional(axes), keep))
 OPERATOR(Equal, (Tensor x, Tensor y, Tensor out), out->fill_(at::equal(x, y)))
-RESULT(ArgMax, (Tensor x, int64_t axis, bool keep), at::argmax(x, axis, keep))
-RESULT(ArgMin, (Tensor x, int64_t axis, bool keep), at::argmin(x, axis, keep))
-RESULT(LogSumExp, (Tensor x, Integers* axes, bool keep), at::logsumexp(x, *axes, keep))
 RESULT(LinalgVectorNorm, (Tensor x, Number order, Integers* axes, bool keep, int),
        at::linalg_vector_norm(x, order, axes && axes->empty() ? std::nullopt : optional(axes), keep))
 
@@ -79,14 +79,10 @@ static at::Tensor scattered(const at::Tensor& to, int64_t axis, Tensor index, co
   return at::scatter(to, axis, as_long(index), values, reduction == 1 ? "add" : "multiply");
 }
 static at::Tensor spread(Number value, Tensor index, Tensor x) { return at::full(index->sizes(), value, x->options()); }
-OPERATOR(InplaceScatter, (Tensor x, int64_t axis, Tensor index, Tensor values, int64_t reduction),
-         store(x, scattered(x, axis, index, values, reduction)))
-RESULT(Scatter, (Tensor x, int64_t axis, Tensor index, Tensor values, int64_t reduction),
-       scattered(x, axis, index, values, reduction))
-OPERATOR(InplaceScatterValue, (Tensor x, int64_t axis, Tensor index, Number value, int64_t reduction),
-         store(x, scattered(x, axis, index, spread(value, index, x), reduction)))
-RESULT(ScatterValue, (Tensor x, int64_t axis, Tensor index, Number value, int64_t reduction),
-       scattered(x, axis, index, spread(value, index, x), reduction))
+RESULT_(Scatter, (Tensor x, int64_t axis, Tensor index, Tensor values, int64_t reduction),
+        scattered(x, axis, index, values, reduction))
+RESULT_(ScatterValue, (Tensor x, int64_t axis, Tensor index, Number value, int64_t reduction),
+        scattered(x, axis, index, spread(value, index, x), reduction))
 RESULT(ScatterAdd, (Tensor x, int64_t axis, Tensor index, Tensor values),
        at::scatter_add(x, axis, as_long(index), values))
 RESULT(IndexAdd, (Tensor x, int64_t axis, Tensor index, Tensor values, Number alpha),

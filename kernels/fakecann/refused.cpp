@@ -14,6 +14,8 @@ using namespace fakecann;
 struct aclTensorDesc {};
 struct aclDataBuffer {};
 struct aclopAttr {};
+template <typename Object>
+static Object one;  // description, buffer or list of attributes stands for all, since nobody reads them
 
 static aclError refuse(const std::string& what) {
   return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, what + " is not emulated");
@@ -34,19 +36,9 @@ aclError aclopCompileAndExecuteV2(const char* name, int, aclTensorDesc*[], aclDa
   return aclopCompileAndExecute(name, 0, {}, {}, 0, {}, {}, {}, {}, {}, {}, {});
 }
 
-// One description, buffer and list of attributes stand for all, since nobody reads them.
-aclTensorDesc* aclCreateTensorDesc(aclDataType, int, const int64_t*, aclFormat) {
-  static aclTensorDesc all;
-  return &all;
-}
-aclDataBuffer* aclCreateDataBuffer(void*, size_t) {
-  static aclDataBuffer all;
-  return &all;
-}
-aclopAttr* aclopCreateAttr() {
-  static aclopAttr all;
-  return &all;
-}
+aclTensorDesc* aclCreateTensorDesc(aclDataType, int, const int64_t*, aclFormat) { return &one<aclTensorDesc>; }
+aclDataBuffer* aclCreateDataBuffer(void*, size_t) { return &one<aclDataBuffer>; }
+aclopAttr* aclopCreateAttr() { return &one<aclopAttr>; }
 
 size_t aclGetCompileoptSize(aclCompileOpt) { return 1; }
 

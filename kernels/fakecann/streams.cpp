@@ -18,14 +18,10 @@ aclError aclrtCreateStream(aclrtStream* stream) {
   return give(stream, new int32_t{next++});
 }
 
-aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) { return aclrtCreateStream(stream); }
-
 aclError aclrtDestroyStream(aclrtStream stream) {
   delete static_cast<int32_t*>(stream);
   return ACL_SUCCESS;
 }
-
-aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
 
 aclError aclrtStreamGetId(aclrtStream stream, int32_t* id) {
   return give(id, stream ? *static_cast<int32_t*>(stream) : 0);
@@ -36,15 +32,10 @@ aclError aclrtStreamQuery(aclrtStream, aclrtStreamStatus* status) {
   return pending_error(true);
 }
 
-aclError aclrtSynchronizeStream(aclrtStream) { return pending_error(true); }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream, int32_t) { return pending_error(true); }
 aclError aclrtSynchronizeDevice() { return pending_error(true); }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return pending_error(true); }
 aclError aclrtGetStreamOverflowSwitch(aclrtStream, uint32_t* on) { return give(on, 0); }
 
 aclError aclrtCreateEvent(aclrtEvent* event) { return give(event, new double{0}); }
-aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t) { return aclrtCreateEvent(event); }
-aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t) { return aclrtCreateEvent(event); }
 
 aclError aclrtDestroyEvent(aclrtEvent event) {
   delete &time_of(event);
@@ -58,7 +49,6 @@ aclError aclrtRecordEvent(aclrtEvent event, aclrtStream) {
 }
 
 aclError aclrtStreamWaitEvent(aclrtStream, aclrtEvent) { return pending_error(false); }
-aclError aclrtSynchronizeEvent(aclrtEvent) { return pending_error(true); }
 
 aclError aclrtQueryEventStatus(aclrtEvent, aclrtEventRecordedStatus* status) {
   return give(status, ACL_EVENT_RECORDED_STATUS_COMPLETE);
@@ -78,4 +68,10 @@ aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t* us) {
 
 }  // extern "C"
 
+// Whatever is waited for is done; priorities, flags, force and patience are not read.
+SAME_AS(aclrtSynchronizeDevice, aclrtSynchronizeStream) SAME_AS(aclrtSynchronizeDevice, aclrtSynchronizeEvent)
+SAME_AS(aclrtSynchronizeDevice, aclrtSynchronizeDeviceWithTimeout)
+SAME_AS(aclrtSynchronizeDevice, aclrtSynchronizeStreamWithTimeout)
+SAME_AS(aclrtCreateStream, aclrtCreateStreamWithConfig) SAME_AS(aclrtDestroyStream, aclrtDestroyStreamForce)
+SAME_AS(aclrtCreateEvent, aclrtCreateEventWithFlag) SAME_AS(aclrtCreateEvent, aclrtCreateEventExWithFlag)
 ACCEPTED(aclrtSetStreamFailureMode) ACCEPTED(aclrtSetStreamOverflowSwitch) ACCEPTED(aclrtResetEvent)

@@ -98,5 +98,8 @@ void require_range(const char* what, int64_t value, int64_t low, int64_t high);
 #define OPERATOR(NAME, PARAMETERS, ...) CHECKED(NAME, PARAMETERS, , __VA_ARGS__)
 // The usual operator: an expression, stored in the last parameter, `out`.
 #define RESULT(NAME, PARAMETERS, ...) OPERATOR(NAME, (UNPACK PARAMETERS, Tensor out), store(out, __VA_ARGS__))
+// With an underscore, as in PyTorch: it has a form in place, too.
+#define RESULT_(NAME, PARAMETERS, ...) \
+  RESULT(NAME, PARAMETERS, __VA_ARGS__) OPERATOR(Inplace##NAME, PARAMETERS, store(x, __VA_ARGS__))
 #define CHECKED_RESULT(NAME, PARAMETERS, CHECK, ...) \
   CHECKED(NAME, (UNPACK PARAMETERS, Tensor out), CHECK, store(out, __VA_ARGS__))

@@ -28,7 +28,7 @@ def check() -> None:
     train = params.pretrain
     start = train.start_batch_tokens or train.batch_tokens
     total = first_row(train.steps, train.batch_tokens, start, train.batch_ramp_steps)  # of rows of one token
-    typer.echo(f"pretraining will read {total / 1e6:.1f} M tokens in {train.steps:,} steps")
+    typer.echo(f"pretraining will read {total:,} tokens in {train.steps:,} steps")
 
 
 def use(
@@ -96,7 +96,7 @@ def demo() -> None:
         word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
         typer.echo(f"promote    version {version.version} {word}", err=True)
     except UserError as error:
-        typer.echo(f"promote    {error}\npromote    it is registered; `shovel promote` asks again", err=True)
+        typer.echo(f"promote    {error}\npromote    it is registered all the same; mend that, then `shovel register` and `shovel promote`", err=True)
     _summary(time.monotonic() - start)
 
 
@@ -197,7 +197,7 @@ def _summary(seconds: float) -> None:
     typer.echo(
         f"""
 A mixture of experts, {total:.1f} M parameters of which {active:.1f} M work on a token,
-pretrained on {trained["tokens"] / 1e6:.1f} M tokens of {text}
+pretrained on {trained["tokens"]:,} tokens of {text}
 and fine-tuned on {tuned["dialogues"]:,} dialogues; training took {time_of_training}.
 
   bits per held-out byte   base {bits["base"]} (95 %: {low:.3f} to {high:.3f}), chat {bits["chat"]}

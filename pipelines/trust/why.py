@@ -151,7 +151,7 @@ def _rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     sizes = f"{training['parameters'] / 1e6:.1f} M parameters, {training['active_parameters'] / 1e6:.1f} M at work"
     yield "model", f"mixture of experts, {sizes}"
     seeds = ", ".join(f"{name} {seed}" for name, seed in training["seeds"].items())
-    read = f"{training['tokens'] / 1e6:.1f} M tokens ({training['epochs']:.1f} epochs)"
+    read = f"{training['tokens']:,} tokens ({training['epochs']:.2f} epochs)"
     where = f"{training['device']}{' (emulated)' if training['emulated'] else ''}"
     yield "trained", f"on {read}, then {training['dialogues']:,} dialogues; {where}; seeds {seeds}"
     yield "cost", _cost(training)
