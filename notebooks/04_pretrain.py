@@ -33,8 +33,8 @@ figures.lines(curve, ["max_load_over_mean", "min_load_over_mean"], "tokens of an
 
 # %% [markdown]
 # ## An idea
-# A dozen steps are enough to see which learning rate starts better. Any key of the stage's section may be named; an
-# impossible value is refused in one sentence, before anything runs.
+# A dozen steps show how a learning rate starts. Any key of the stage's section may be named; an impossible value is
+# refused in one sentence, before anything runs.
 
 # %%
 from pipelines.params import load_params

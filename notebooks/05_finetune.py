@@ -18,7 +18,7 @@ base, chat
 
 # %% [markdown]
 # ## Before and after
-# The base model goes on writing, the chat model answers. Eleven million weights and six minutes of training catch the
+# The base model goes on writing, the chat model answers. Eleven million weights and four minutes of training catch the
 # tone of Django's documentation, not its meaning.
 
 # %%

@@ -86,7 +86,7 @@ def dropped(sources: Mapping[str, Mapping[str, Any]]) -> Picture:
         left = left + shares
     axes.set_xlabel("% of the source's documents that were dropped")
     if reasons:
-        axes.legend(frameon=False)
+        picture.legend(loc="outside lower center", ncols=3, frameon=False)
     return picture
 
 
@@ -222,7 +222,7 @@ def curve(table: pd.DataFrame) -> Picture:
     axes.plot(table["step"], table["loss"], color=COLOURS[2], linewidth=0.7)
     smooth = table["loss"].ewm(halflife=max(len(table) / 50, 1)).mean()
     axes.plot(table["step"], smooth, color=COLOURS[0], linewidth=1.6)
-    axes.set(xlabel="step", xlim=(0, None))
+    axes.set(xlabel="step", ylabel="loss, nats a token", xlim=(0, None))
     return picture
 
 
@@ -248,7 +248,7 @@ def bits(base: Mapping[str, Any], chat: Mapping[str, Any]) -> Picture:
     for name, label, style in (("xz", "xz, all", ":"), ("five_gram", "5-gram, all", "--")):
         axes.axhline(base["baselines"][name], color="#555", linestyle=style, linewidth=1, label=label)
     axes.set_xticks(range(len(names)), [name.replace("-", "\n", 1) for name in names])
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
+    axes.set(ylabel="bits a byte", ylim=(0, axes.get_ylim()[1] * 1.25))
     axes.legend(ncols=4, frameon=False, fontsize=8, loc="upper center")
     return picture
 

@@ -45,6 +45,8 @@ def main(name: str, function: Callable[[Params, tracking.Run], Mapping[str, Any]
     label = f"{name}-{variant}" if variant else name
     global _file
     with exits(label), live.stage_progress(label, _reason) as _file:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"{name} works on one device; start it with `torchrun --nproc-per-node 1`.")
         params = load_params()
         require_room()
         before = repository.fingerprint(os.environ.get("DVC_STAGE", ""))

@@ -163,18 +163,20 @@ def _table(history: list[Record]) -> pd.DataFrame:
 def _metrics(
     model: ModelConfig, config: TrainConfig, history: list[Record], device: torch.device, watts: float | None
 ) -> dict[str, Any]:
-    """First and last of each loss (mean of ten steps), size, how experts were used, and, on real devices, speed.
+    """First and last of each loss, size, how experts were used, and, on real devices, speed.
 
+    First, last: the mean of ten steps, or of half of them where they are fewer than twenty.
     max_load_over_mean: of the last ten steps, worst layer; balance: see `_balance`.
     """
     table = _table(history)
-    losses = {name: float(table[name].tail(10).mean()) for name in history[-1] if name.endswith("_loss")}
+    few = max(1, min(10, len(table) // 2))
+    losses = {name: float(table[name].tail(few).mean()) for name in history[-1] if name.endswith("_loss")}
     total, active = count_parameters(model)
     return {
         "steps": config.steps,
         "tokens": int(table["tokens"].sum()),
-        "loss_first": float(table["loss"].head(10).mean()),
-        "loss_last": float(table["loss"].tail(10).mean()),
+        "loss_first": float(table["loss"].head(few).mean()),
+        "loss_last": float(table["loss"].tail(few).mean()),
         **losses,
         "max_load_over_mean": float(table["max_load_over_mean"].tail(10).fillna(0).mean()),
         "balance": _balance(table, config),

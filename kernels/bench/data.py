@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import sysconfig
 import tempfile
 import time
@@ -65,10 +66,11 @@ def _gather(raw: Path, most: int) -> int:
 
 
 def _texts() -> Iterator[bytes]:
-    for file in sorted(Path(sysconfig.get_path("purelib")).parents[2].rglob("*.py")):
-        content = file.read_bytes()
-        if len(content) > 300 and content.isascii():
-            yield content
+    for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        for file in sorted(Path(folder).rglob("*.py")) if folder.endswith("-packages") else ():
+            content = file.read_bytes()
+            if len(content) > 300 and content.isascii():
+                yield content
 
 
 def _clean_and_check(folder: Path) -> dict[str, float]:

@@ -52,7 +52,7 @@ def generate(
 ) -> None:
     """Let a model continue a text.
 
-    Example: shovel generate "def get_queryset(self):" --temperature 0
+    Example: shovel generate "def get_queryset(self):"
     """
     from pipelines import project
 

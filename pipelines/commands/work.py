@@ -96,7 +96,8 @@ def demo() -> None:
         word = "is the champion already" if outcome.get("unchanged") else "is the champion now"
         typer.echo(f"promote    version {version.version} {word}", err=True)
     except UserError as error:
-        typer.echo(f"promote    {error}\npromote    it is registered all the same; mend that, then `shovel register` and `shovel promote`", err=True)
+        typer.echo(f"promote    {error}", err=True)
+        typer.echo("promote    it is registered; mend that, then `shovel register` and `shovel promote`", err=True)
     _summary(time.monotonic() - start)
 
 

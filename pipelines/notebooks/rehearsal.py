@@ -1,11 +1,12 @@
 """A copy of the project to rehearse in: the same files, data and models, its own git history and an empty registry.
 
 Heavy files are links into DVC's cache, so the copy takes seconds and hardly any room. Whatever is promoted, kept or
-committed there leaves the project as it is.
+committed there leaves the project as it is; the copy ends with the kernel.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ def rehearse() -> Path:
     if not (root / "dvc.lock").exists():
         raise UserError("there is no result to rehearse with; `make demo` makes one.")
     folder = Path(tempfile.mkdtemp(prefix="shovel-rehearsal-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in _git(root, "ls-files", "-co", "--exclude-standard", "-z").split("\0"):
         if (root / name).is_file() and not name.startswith(RECORDS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from moe_kernels import device as devices
 
+from model.config import count_parameters
 from model.generate import generate
 from model.score import score
 from pipelines import models
@@ -95,7 +96,7 @@ class Model:
         return Routing([self.encoder.decode([token]) for token in tokens], chosen)
 
     def __repr__(self) -> str:
-        weights = sum(weight.numel() for weight in self.net.parameters())
+        weights, _ = count_parameters(self.net.config)
         return f"<model {self.folder}: {weights / 1e6:.1f} M weights on {devices.name(devices.default())}>"
 
 

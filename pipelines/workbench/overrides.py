@@ -64,7 +64,7 @@ def check(overrides: Overrides, path: Path) -> Params:
     """The parameters of the file with the overrides; raises `UserError` as for the file itself."""
     content = read_yaml(path)
     _merge(content, overrides)
-    return checked(Params, content, path)
+    return checked(Params, content, Path(f"{path.name} with your overrides"))
 
 
 def apply(overrides: Overrides, path: Path) -> str:
