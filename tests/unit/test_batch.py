@@ -97,6 +97,15 @@ def test_drawing_follows_the_distribution(net: MoETransformer) -> None:
         assert chi2 < 63 + 4 * (2 * 63) ** 0.5  # mean and deviation of chi-squared with 63 degrees of freedom
 
 
+def test_a_nucleus_is_the_smallest_set_with_that_probability() -> None:
+    sampler = Sampler(temperature=1.0, top_p=0.7)
+    drawn = torch.tensor([sampler.draw(torch.tensor([0.05, 0.3, 0.5, 0.15]).log()) for _ in range(4000)])
+    share = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(share, torch.tensor([0.0, 0.375, 0.625, 0.0]), rtol=0, atol=0.03)
+    many = Sampler(temperature=2.0, top_p=0.5)  # more than are looked at first
+    assert 400 < len({many.draw(torch.zeros(1000)) for _ in range(4000)}) <= 501
+
+
 def test_a_reading_goes_on_where_another_stopped(net: MoETransformer) -> None:
     prompt = [Random(1).randrange(64) for _ in range(2 * CHUNK + 10)]
     whole, first = read(net, prompt, {}), Reading(net, [prompt], [Sampler()])
