@@ -27,7 +27,7 @@ def test_the_stage_compares_several_lengths_languages_and_dialogues(project, her
         prompt.kind for prompt in agreement.prompts(here.agreement, agreement.TUNED, agreement.CLEAN, agreement.CHAT)
     }
     assert kinds == {"document", "dialogue"}
-    page = (project.folder / "reports/review.html").read_text()
+    page = (project.folder / "reports/review.html").read_text().replace("\u2011", "-")
     assert "train = serve" in page and gates.distances(found["server"]) in page
 
 
