@@ -1,4 +1,4 @@
-// DeepSeek-V4's attention of the few rows of a decoding step: a window of raw tokens, compressed entries of the past,
+// DeepSeek-V4's attention of a decoding step, or of a prompt's chunk: a window of raw tokens, compressed entries,
 // an indexer that chooses among them, over caches that are filled in place; see
 // reference/decode_compressed_attention.py.
 //
@@ -94,12 +94,14 @@ constexpr int ASKED = 8;  // indexer heads at a time
 #if defined(__clang__)
 template <size_t... i>
 inline std::pair<V, V> zip(V a, V b, std::index_sequence<i...>) {
-  return {__builtin_shufflevector(a, b, (i / 2 + i % 2 * W)...), __builtin_shufflevector(a, b, (W / 2 + i / 2 + i % 2 * W)...)};
+  return {__builtin_shufflevector(a, b, (i / 2 + i % 2 * W)...),
+          __builtin_shufflevector(a, b, (W / 2 + i / 2 + i % 2 * W)...)};
 }
 #else
 template <size_t... i>
 inline std::pair<V, V> zip(V a, V b, std::index_sequence<i...>) {
-  return {__builtin_shuffle(a, b, I{int(i / 2 + i % 2 * W)...}), __builtin_shuffle(a, b, I{int(W / 2 + i / 2 + i % 2 * W)...})};
+  return {__builtin_shuffle(a, b, I{int(i / 2 + i % 2 * W)...}),
+          __builtin_shuffle(a, b, I{int(W / 2 + i / 2 + i % 2 * W)...})};
 }
 #endif
 
@@ -162,7 +164,8 @@ std::vector<int64_t> largest(const std::vector<float>& scores, int64_t visible, 
   std::vector<int64_t> chosen;
   int64_t equal = count - (found == count ? found : reach(numbers, least + 1));
   for (int64_t k = 0; k < visible; k++)
-    if (found == count ? numbers[k] >= least : numbers[k] > least || (numbers[k] == least && equal-- > 0)) chosen.push_back(k);
+    if (found == count ? numbers[k] >= least : numbers[k] > least || (numbers[k] == least && equal-- > 0))
+      chosen.push_back(k);
   return chosen;
 }
 

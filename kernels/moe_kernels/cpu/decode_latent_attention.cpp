@@ -1,5 +1,5 @@
-// Multi-head latent attention of the few tokens of a decoding step, or of a prompt's chunk, over the latents of a cache that is filled in place;
-// see reference/decode_latent_attention.py.
+// Multi-head latent attention of the few tokens of a decoding step, or of a prompt's chunk, over the latents of a cache
+// that is filled in place; see reference/decode_latent_attention.py.
 //
 // Shapes: B rows, S tokens a row, T = B S, D hidden size, H heads, N channels without position, R rotary channels,
 // V value channels, C latent channels, P past tokens.
