@@ -47,7 +47,8 @@ class Muon(torch.optim.Optimizer):
         self.coefficients = coefficients
         device = self.param_groups[0]["params"][0].device
         self.dtype = dtype or devices.matmul_dtype(device)
-        self.batch_elements = 2**20 if device.type == "cpu" else 2**26  # a cache holds the one, the other fills cores
+        one = 2**19 * torch.get_num_threads()  # what the caches of the threads hold
+        self.batch_elements = one if device.type == "cpu" else 2**26  # what fills other devices
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -14,7 +14,7 @@ import moe_kernels
 import pytest
 import torch
 from moe_kernels.cpu import library
-from moe_kernels.reference import attention, experts, hyper_connection, swiglu, window_attention
+from moe_kernels.reference import attention, experts, hyper_connection, newton_schulz, swiglu, window_attention
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -288,6 +288,41 @@ def test_cross_entropy_with_gradient(tokens: int, words: int, dtype: torch.dtype
     assert distance(gradient, exact.grad) <= TOLERANCE[dtype]
     with pytest.raises(RuntimeError, match="there is no word 99999"):
         moe_kernels.cross_entropy_with_gradient(random(1, words), torch.tensor([99999]), scale)
+
+
+MATRICES = [(3, 128, 256), (2, 256, 128), (1, 7, 5), (2, 70, 33), (1, 300, 300), (4, 1, 9), (0, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_newton_schulz_in_bfloat16(shape: tuple[int, int, int]) -> None:
+    """Of any number of steps; an even one is taken two at a time."""
+    x = random(*shape)
+    for steps in (newton_schulz.COEFFICIENTS, newton_schulz.COEFFICIENTS[-3:]):
+        exact = newton_schulz.newton_schulz(x.double(), steps)
+        ours = moe_kernels.newton_schulz(x, steps, BF16)
+        assert moe_kernels.chosen(torch.device("cpu"))["newton_schulz"] == BACKEND
+        assert ours.dtype is FP32 and distance(ours, exact) <= 2e-2
+        assert distance(moe_kernels.newton_schulz(x.bfloat16(), steps), exact) <= 2e-2
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e9])
+def test_newton_schulz_stays_bounded_where_singular_values_vanish(scale: float) -> None:
+    x = scale * (random(2, 96, 4) @ random(2, 4, 200) + 1e-4 * random(2, 96, 200))
+    values = torch.linalg.svdvals(moe_kernels.newton_schulz(x, dtype=BF16))
+    assert values.max() <= 1.05
+    assert (values[:, :4] > 0.95).all() or scale == 0
+
+
+def test_newton_schulz_has_the_same_bits_with_two_threads(threads: Callable[[int], None]) -> None:
+    runs = []
+    for count in (1, 2):
+        threads(count)
+        runs.append(moe_kernels.newton_schulz(random(5, 40, 24), dtype=BF16))
+    assert torch.equal(*runs)
+
+
+def test_newton_schulz_is_what_torch_library_expects() -> None:
+    torch.library.opcheck(torch.ops.moe_kernels_cpu.newton_schulz.default, (random(2, 6, 9), [2.0, -1.5, 0.5], 1e-15))
 
 
 def rotate_inputs() -> list[Any]:

@@ -91,32 +91,11 @@ struct Known {
 
 constexpr int ASKED = 8;  // indexer heads at a time
 
-#if defined(__clang__)
-template <size_t... i>
-inline std::pair<V, V> zip(V a, V b, std::index_sequence<i...>) {
-  return {__builtin_shufflevector(a, b, (i / 2 + i % 2 * W)...),
-          __builtin_shufflevector(a, b, (W / 2 + i / 2 + i % 2 * W)...)};
-}
-#else
-template <size_t... i>
-inline std::pair<V, V> zip(V a, V b, std::index_sequence<i...>) {
-  return {__builtin_shuffle(a, b, I{int(i / 2 + i % 2 * W)...}),
-          __builtin_shuffle(a, b, I{int(W / 2 + i / 2 + i % 2 * W)...})};
-}
-#endif
-
 // Up to W keys of `width` numbers to vectors of one number each, a key a lane.
 void turn_over(const float* keys, int64_t count, int64_t width, V* across) {
   for (int64_t c = 0; c < width; c += W) {
-    V from[W], to[W];
-    for (int i = 0; i < W; i++) {
-      const float* key = keys + std::min<int64_t>(i, count - 1) * width + c;
-      std::memcpy(&(from[i] = V{}), key, std::min<int64_t>(W, width - c) * sizeof(float));
-    }
-    for (int stage = 1; stage < W; stage *= 2, std::swap_ranges(from, from + W, to))
-      for (int i = 0; i < W / 2; i++)
-        std::tie(to[2 * i], to[2 * i + 1]) = zip(from[i], from[i + W / 2], std::make_index_sequence<W>());
-    std::copy_n(from, W, across + c);
+    for (int i = 0; i < W; i++) across[c + i] = load(keys + std::min<int64_t>(i, count - 1) * width + c, width - c);
+    transpose(across + c);
   }
 }
 

@@ -8,7 +8,7 @@
 // on). A may be read transposed. With AMX, oneDNN's kernel for such blocks takes the pairs, and A is transposed first.
 #pragma once
 
-#include "vector.h"
+#include "transpose.h"
 
 #if defined(__AMX_BF16__)
 namespace c10 {
@@ -167,20 +167,24 @@ inline void lay_down(const T* from, int64_t count, int64_t width, int64_t row, P
 
 // rows [count, width], `row` apart -> transposed: [width, count], or pairs along the channels [half(width), count].
 inline void lay_across(const float* from, int64_t count, int64_t width, int64_t row, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t d = 0; d < width; d++) to[d * to_row + i] = from[i * row + d];
+  transpose(from, count, width, row, to, to_row);
 }
 
 template <class T>
 inline void lay_across(const T* from, int64_t count, int64_t width, int64_t row, Pair* to, int64_t to_row) {
-  std::vector<Pair> rounded(W * half(width));
-  for (int64_t i = 0; i < count; i += W) {
-    const int64_t real = std::min<int64_t>(W, count - i);
-    for (int64_t j = 0; j < real; j++)
-      copy(from + (i + j) * row, width, reinterpret_cast<Bits*>(rounded.data() + j * half(width)));
-    for (int64_t p = 0; p < half(width); p++)
-      for (int64_t j = 0; j < real; j++) to[p * to_row + i + j] = rounded[j * half(width) + p];
-  }
+  for (int64_t i = 0; i < count; i += W)
+    for (int64_t p = 0; p < half(width); p += W) {
+      const int64_t high = std::min<int64_t>(W, count - i), wide = std::min<int64_t>(W, half(width) - p);
+      Pair rounded[W * W];
+      for (int64_t r = 0; r < high; r++) {
+        const T* start = from + (i + r) * row + 2 * p;
+        Halves halves[2] = {};
+        along(std::min<int64_t>(2 * W, width - 2 * p),
+              [&](int64_t at, auto get, auto) { halves[at / W] = narrow(get(start + at)); });
+        std::memcpy(rounded + r * W, halves, sizeof halves);
+      }
+      transpose_block(rounded, high, wide, W, to + p * to_row + i, to_row);
+    }
 }
 
 // Rows of numbers as an operand: as they are, or filled up to pairs with zeros.
