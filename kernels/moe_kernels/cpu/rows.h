@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t OUTPUTS = 64;         // of a product that are one piece of work
 constexpr int64_t ENOUGH = 1 << 18;     // multiply-adds that are worth another thread
-constexpr int64_t AHEAD = 1 << 13;      // numbers between a weight that is used and the one that is fetched then
-constexpr int SECOND_CACHE = 2;         // where it goes: 32 kB would be all of the first
+constexpr int64_t AHEAD = 1 << 11;      // numbers between a weight that is used and the one that is fetched then
+constexpr int SECOND_CACHE = 2;         // where it goes
 constexpr float NEVER = -1e30f;         // a logit whose exponential is zero
 
 #if defined(__clang__)
@@ -48,51 +48,80 @@ inline void hold([[maybe_unused]] V& v) {
 #endif
 }
 
-// Dot products of ROWS rows with W / ROWS others: out[output * ROWS + row]. The numbers from `next` on are needed soon:
-// many short rows side by side are more than a processor foresees.
-template <int ROWS>
-inline void thin_tile(const float* const x[ROWS], const float* const w[W / ROWS], int64_t inner, const float* next,
-                      float out[W]) {
-  V total[W] = {};
-  along(inner, [&](int64_t at, auto get, auto) {
-    V left[ROWS];
-#pragma GCC unroll 4
-    for (int i = 0; i < ROWS; i++) left[i] = get(x[i] + at), hold(left[i]);
-#pragma GCC unroll 16
-    for (int j = 0; j < W / ROWS; j++) {
-      __builtin_prefetch(next + at * (W / ROWS) + j * W, 0, SECOND_CACHE);
-      const V right = get(w[j] + at);
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; i++) total[j * ROWS + i] += left[i] * right;
-    }
-  });
-  store(out, sums(total));
-}
-
 // Rows that lie `row` numbers apart; after: what will be read after them, where that is known.
 struct Strided {
   const float* data;
   int64_t row;
   const float* after = nullptr;
+
+  const float* at(int64_t i) const { return data + i * row; }
+
+  // What is needed soon when row i of `last` is: the processor itself foresees one stream of addresses, and stops at
+  // the end of each page.
+  const float* ahead(int64_t i, int64_t last) const {
+    const int64_t beyond = (i - last) * row + AHEAD;
+    return beyond > 0 && after ? after + beyond : at(i) + AHEAD;
+  }
 };
 
-// y [rows, first .. last of the outputs] = x [rows, inner] weights [outputs, inner] transposed.
+// y [rows, first .. last of the outputs] = x [rows, inner] weights [outputs, inner] transposed, for ROWS rows: one
+// output's weights after the other, at the speed of memory.
 template <int ROWS>
-void thin_part(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y,
-               int64_t y_row) {
-  constexpr int OUTS = W / ROWS;
+void few(const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y, int64_t y_row) {
+  for (int64_t o = first; o < last; o += W) {
+    const int64_t count = std::min<int64_t>(W, last - o);
+    V all[ROWS][W] = {};
+    for (int64_t j = 0; j < count; j++) {
+      const float *w = weights.at(o + j), *next = weights.ahead(o + j, last);
+      V total[ROWS] = {};
+      along(inner, [&](int64_t at, auto get, auto) {
+        __builtin_prefetch(next + at, 0, SECOND_CACHE);
+        V right = get(w + at);
+        hold(right);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++) total[i] += get(x.at(i) + at) * right;
+      });
+      for (int i = 0; i < ROWS; i++) all[i][j] = total[i];
+    }
+    for (int i = 0; i < ROWS; i++) store(y + i * y_row + o, sums(all[i]), count);
+  }
+}
+
+// Dot products of TILE rows with OUTS others: out[row * OUTS + output].
+constexpr int OUTS = W / TILE;
+
+inline void dots_of_tile(const float* const x[TILE], const float* const w[OUTS], int64_t inner, const float* next,
+                         float out[W]) {
+  V total[W] = {};
+  along(inner, [&](int64_t at, auto get, auto) {
+    V left[TILE], right[OUTS];
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++) left[i] = get(x[i] + at), hold(left[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < OUTS; j++) {
+      __builtin_prefetch(next + at * OUTS + j * W, 0, SECOND_CACHE);
+      right[j] = get(w[j] + at), hold(right[j]);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < W; k++) total[k] += left[k / OUTS] * right[k % OUTS];
+  });
+  store(out, sums(total));
+}
+
+// The same as `few` for any number of rows: weights that one tile has read the next ones find in a cache.
+inline void many(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last,
+                 float* y, int64_t y_row) {
   for (int64_t o = first; o < last; o += OUTS) {
     const float* w[OUTS];
-    for (int j = 0; j < OUTS; j++) w[j] = weights.data + std::min(o + j, last - 1) * weights.row;
-    const int64_t place = o * weights.row + AHEAD, beyond = place - last * weights.row;
-    const float* next = beyond > 0 && weights.after ? weights.after + beyond : weights.data + place;
-    for (int64_t t = 0; t < rows; t += ROWS) {
-      const float* from[ROWS];
+    for (int j = 0; j < OUTS; j++) w[j] = weights.at(std::min(o + j, last - 1));
+    for (int64_t t = 0; t < rows; t += TILE) {
+      const float* from[TILE];
       float found[W];
-      for (int i = 0; i < ROWS; i++) from[i] = x.data + std::min(t + i, rows - 1) * x.row;
-      thin_tile<ROWS>(from, w, inner, next, found);
-      for (int64_t i = 0; i < std::min<int64_t>(ROWS, rows - t); i++)
-        for (int64_t j = 0; j < std::min<int64_t>(OUTS, last - o); j++) y[(t + i) * y_row + o + j] = found[j * ROWS + i];
+      for (int i = 0; i < TILE; i++) from[i] = x.at(std::min(t + i, rows - 1));
+      dots_of_tile(from, w, inner, weights.ahead(o, last), found);
+      for (int64_t i = 0; i < std::min<int64_t>(TILE, rows - t); i++)
+        o + OUTS <= last ? (void)std::memcpy(y + (t + i) * y_row + o, found + i * OUTS, sizeof(float) * OUTS)
+                         : (void)std::copy_n(found + i * OUTS, last - o, y + (t + i) * y_row + o);
     }
   }
 }
@@ -101,9 +130,10 @@ inline void thin(int64_t rows, const Strided& x, const Strided& weights, int64_t
                  int64_t y_row) {
   switch (rows) {
     case 0: return;
-    case 1: return thin_part<1>(rows, x, weights, inner, first, last, y, y_row);
-    case 2: return thin_part<2>(rows, x, weights, inner, first, last, y, y_row);
-    default: return thin_part<4>(rows, x, weights, inner, first, last, y, y_row);
+    case 1: return few<1>(x, weights, inner, first, last, y, y_row);
+    case 2: return few<2>(x, weights, inner, first, last, y, y_row);
+    case 3: return few<3>(x, weights, inner, first, last, y, y_row);
+    default: return many(rows, x, weights, inner, first, last, y, y_row);
   }
 }
 
