@@ -182,7 +182,7 @@ def cached_window_attention(
 
 
 def skinny_linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """x weight^T, [T, O], for the few rows of a decoding step: a row's result does not depend on how many there are."""
+    """x weight^T, [T, O], for few rows: a row's result does not depend on how many there are."""
     return implementation("skinny_linear", x_TD.device.type)(x_TD, weight_OD)
 
 
@@ -202,7 +202,7 @@ def decode_experts(
     scale: float = 1.0,
     limit: float | None = None,
 ) -> Tensor:
-    """Router, routed experts and shared expert of a decoding step, [T, D] -> [T, D]; no gradients.
+    """Router, routed experts and shared expert of a decoding step or a prompt, [T, D] -> [T, D]; no gradients.
 
     routed: (gate_up, down) as for `experts`; shared: (gate, up, down) of one expert that all rows take. chosen: experts
     that are given, in place of a bias; the rest as for `route`.
@@ -227,7 +227,7 @@ def decode_latent_attention(
     heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Multi-head latent attention of a decoding step, [B, S, D] -> [B, S, D]; no gradients.
+    """Multi-head latent attention of a decoding step or a prompt, [B, S, D] -> [B, S, D]; no gradients.
 
     lengths, ends: row b's tokens are those of positions lengths[b] up to ends[b], at most S; past them the result is 0.
     query: (down, norm, up), or one matrix. key_value: (down [C + R, D], norm [C], up [H (N + V), C]). output: [D, H V].
@@ -253,7 +253,7 @@ def decode_compressed_attention(
     top_k: int,
     eps: float,
 ) -> Tensor:
-    """DeepSeek-V4's attention of a decoding step, [B, S, D] -> [B, S, D]; no gradients.
+    """DeepSeek-V4's attention of a decoding step or a prompt, [B, S, D] -> [B, S, D]; no gradients.
 
     lengths, ends, frequencies: as for `decode_latent_attention`. weights: query down, norm, up; key, norm; output a
     group [groups * L, H C / groups], output; sinks. compression: values, gates, bias [M, X], norm of a layer with

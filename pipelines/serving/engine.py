@@ -285,8 +285,10 @@ class Engine:
         return piece.finish_reason is not None
 
     def _end(self, row: _Row, piece: Piece) -> None:
-        row.request.ended_s = time.monotonic()
-        row.request.emit(piece)
+        """The last piece of a request; what has ended before hears no more."""
+        if row.request.ended_s is None:
+            row.request.ended_s = time.monotonic()
+            row.request.emit(piece)
 
     def _leave(self, places: Iterable[int]) -> None:
         """Those rows leave, and the last ones take their places."""

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from model import ModelConfig, build, generate, load_pretrained, save_pretrained
+from model.batch import Batch
 from model.config import HEAVY, SLIDING, SPARSE
 from pipelines.encode import CHAT_TEMPLATE, EOS, SPECIAL, train_tokenizer
 from pipelines.params import Serve, UserError
 from pipelines.serving.app import create_app
+from pipelines.serving.engine import Engine, Piece, Request
 from pipelines.serving.guard import read_callers
 from pipelines.serving.ledger import Ledger, totals
 from pipelines.serving.manager import Manager
@@ -263,6 +265,19 @@ def test_a_full_queue_says_come_again(served: Endpoint) -> None:
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(ask, range(40)))
     assert set(statuses) == {200, 429} and statuses.count(200) >= PARAMS.max_queue
+
+
+def test_a_step_that_fails_is_told_once_and_the_next_request_is_answered(folder: Path, monkeypatch) -> None:
+    engine = Engine.load(folder, NAME, "7", PARAMS)
+    pieces: list[Piece] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(Batch, "join", lambda *_: 1 / 0)
+        engine.submit(Request([5, 6], 4, pieces.append))
+        with pytest.raises(RuntimeError, match="the engine failed; try again"):
+            engine.complete([7, 8], 4)
+    assert sum(len(piece.tokens) for piece in engine.complete([7, 8], 4)) == 4
+    engine.close()
+    assert [piece.finish_reason for piece in pieces] == ["error"]
 
 
 def test_metrics_and_ledger_know_what_was_done(served: Endpoint) -> None:

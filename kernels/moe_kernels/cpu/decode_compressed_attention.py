@@ -1,4 +1,4 @@
-"""DeepSeek-V4's attention of a decoding step; `decode_compressed_attention.cpp` has the passes and their cost.
+"""DeepSeek-V4's attention over a cache; `decode_compressed_attention.cpp` has the passes and their cost.
 
 Shapes: B rows, S new tokens a row, D hidden size, R rotary channels. Without gradients.
 """

@@ -1,4 +1,4 @@
-// A mixture of experts on the few rows of a decoding step: router, routed experts, shared expert; see
+// A mixture of experts on a few rows: router, routed experts, shared expert; see
 // reference/decode_experts.py.
 //
 // Shapes: T rows, D hidden size, E experts, K experts per row, F width of an expert.

@@ -1,4 +1,4 @@
-"""A whole mixture of experts on the few rows of a decoding step; `decode_experts.cpp` has the passes and their cost.
+"""A whole mixture of experts on a few rows; `decode_experts.cpp` has the passes and their cost.
 
 Shapes: T rows, D hidden size, E experts, K experts per row. Without gradients.
 """

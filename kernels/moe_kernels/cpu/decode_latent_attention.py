@@ -1,4 +1,4 @@
-"""Multi-head latent attention of a decoding step; `decode_latent_attention.cpp` has the passes and their cost.
+"""Multi-head latent attention over a cache; `decode_latent_attention.cpp` has the passes and their cost.
 
 Without gradients. Shapes: B rows, S new tokens a row, D hidden size, N slots, C latent, R rotary channels, X = C + R.
 """

@@ -1,4 +1,4 @@
-// A linear layer on the few rows of a decoding step; see reference/skinny_linear.py.
+// A linear layer on a few rows; see reference/skinny_linear.py.
 //
 // Shapes: T rows, D inputs, O outputs. Cost: D O numbers from memory, whatever T up to about eight; then 2 T D O FLOP.
 #include "rows.h"

@@ -1,4 +1,4 @@
-"""A linear layer on the few rows of a decoding step; `skinny_linear.cpp` has its cost. Without gradients.
+"""A linear layer on a few rows; `skinny_linear.cpp` has its cost. Without gradients.
 
 Shapes: T rows, D inputs, O outputs.
 """

@@ -1,5 +1,5 @@
-"""DeepSeek-V4's attention of a decoding step, token by token: a window of raw tokens, compressed entries of the past,
-an indexer that chooses among them; arXiv 2606.19348, section 2.3.
+"""DeepSeek-V4's attention over a cache, token by token: a window of raw tokens, compressed entries of the past, an
+indexer that chooses among them; arXiv 2606.19348, section 2.3.
 
 Shapes: B rows, S new tokens a row, D hidden size, H heads, C channels of a head, M tokens an entry, X channels of the
 compressor's values and gates, J indexer heads, I their channels, T entries.

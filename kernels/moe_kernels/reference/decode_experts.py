@@ -1,4 +1,4 @@
-"""A whole mixture of experts on the few rows of a decoding step: router, routed experts, shared expert.
+"""A whole mixture of experts on a few rows: router, routed experts, shared expert.
 
 Shapes: T rows, D hidden size, E experts, K experts per row, F and S widths of a routed and of the shared expert.
 DeepSeek-V3, arXiv 2412.19437, equation 12.

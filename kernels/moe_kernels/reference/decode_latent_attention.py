@@ -1,4 +1,4 @@
-"""Multi-head latent attention of a decoding step, token by token; DeepSeek-V2, arXiv 2405.04434, section 2.1.
+"""Multi-head latent attention over a cache, token by token; DeepSeek-V2, arXiv 2405.04434, section 2.1.
 
 Shapes: B rows, S new tokens a row, D hidden size, H heads, Q query channels, of which the last R turn, N = Q - R,
 C latent channels, V value channels, T positions so far.

@@ -1,4 +1,4 @@
-"""What the operations of a decoding step share: tokens one by one, each after those before it, and caches by position.
+"""What the operations over a cache share: tokens one by one, each after those before it, and caches by position.
 
 Shapes: B rows, S new tokens a row, N slots of a cache and one for what is not kept, C channels, R rotary channels.
 """

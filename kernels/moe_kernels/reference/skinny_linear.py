@@ -1,4 +1,4 @@
-"""A linear layer on the few rows of a decoding step; a row's result does not depend on how many there are."""
+"""A linear layer on a few rows; a row's result does not depend on how many there are."""
 
 from __future__ import annotations
 
