@@ -295,7 +295,6 @@ MATRICES = [(3, 128, 256), (2, 256, 128), (1, 7, 5), (2, 70, 33), (1, 300, 300),
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_newton_schulz_in_bfloat16(shape: tuple[int, int, int]) -> None:
-    """Of any number of steps; an even one is taken two at a time."""
     x = random(*shape)
     for steps in (newton_schulz.COEFFICIENTS, newton_schulz.COEFFICIENTS[-3:]):
         exact = newton_schulz.newton_schulz(x.double(), steps)
@@ -311,6 +310,15 @@ def test_newton_schulz_stays_bounded_where_singular_values_vanish(scale: float) 
     values = torch.linalg.svdvals(moe_kernels.newton_schulz(x, dtype=BF16))
     assert values.max() <= 1.05
     assert (values[:, :4] > 0.95).all() or scale == 0
+
+
+def test_newton_schulz_stays_bounded_where_one_row_has_nearly_all() -> None:
+    values = torch.tensor([1.0, 3e-2, 7e-3, 6e-4, 5e-5, 1e-5, 0.0, 0.0])
+    for seed in range(40):
+        turned, directions = (torch.linalg.qr(random(n, 8, seed=seed))[0] for n in (8, 64))
+        near_its_own = torch.linalg.qr(torch.eye(8) + 0.1 * turned)[0]
+        x = (near_its_own * values) @ directions.T
+        assert torch.linalg.matrix_norm(moe_kernels.newton_schulz(x[None], dtype=BF16), 2) <= 1.05
 
 
 def test_newton_schulz_has_the_same_bits_with_two_threads(threads: Callable[[int], None]) -> None:

@@ -170,7 +170,7 @@ def test_drafting_stops_where_drafts_are_wrong_and_forgives_a_few() -> None:
     while pace.pays and steps < 100:
         pace.note(1.0)
         steps += 1
-    assert steps == 4
+    assert steps == 5
     good = Pace()
     for step in range(1000):
         good.note(1.0 if step % 8 < 2 else 2.0)

@@ -2,11 +2,9 @@
 //
 // Shapes: N matrices of m rows and k columns, m <= k; G, P, Q are [m, m].
 //
-// One matrix a thread, everything of it in the second cache (600 kB at 128 x 256). Two steps at a time are one product
-// with X: X <- P2 P1 X, where P1 = a1 I + b1 G + c1 G^2 of G = X X^T, and P2 the same of P1 G P1, the Gram matrix of
-// P1 X. Matrices that are polynomials of one symmetric G are symmetric, so half of each product is enough: two steps
-// take 3 m^2 k + 5 m^3 multiply-adds in place of 8 m^2 k + 2 m^3, for k = 2 m half of them. Three steps at a time would
-// save another tenth, but what rounding leaves in G then grows without bound where singular values are small.
+// One matrix a thread, everything of it in the second cache (500 kB at 128 x 256). G and its polynomial are symmetric, so
+// half of their products is enough: a step takes 3/2 m^2 k + m^3 / 2 multiply-adds for m^2 k of X X^T, m^3 of G^2, m^2 k
+// of P X, of which PyTorch's batched products take 2 m^2 k + m^3.
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -17,30 +15,27 @@ namespace {
 
 constexpr int64_t BAND = 24;  // rows of a symmetric product at a time, from the diagonal on
 
-// c = a b of symmetric matrices that commute, or of rows and the same rows; pairs [inner, m].
-void multiply_symmetric(int64_t m, int64_t inner, const Pair* a, const Pair* b, float* c) {
+// c = a a' of pairs [inner, m] of a's columns.
+void multiply_by_itself(int64_t m, int64_t inner, const Pair* a, float* c) {
   const int64_t row = apart(m);
   for (int64_t i = 0; i < m; i += BAND) {
     const int64_t first = i / W * W;
-    multiply(std::min(BAND, m - i), m - first, inner, {a + i, 1, row}, b + first, row, c + i * m + first, m, false);
+    multiply(std::min(BAND, m - i), m - first, inner, {a + i, 1, row}, a + first, row, c + i * m + first, m, false);
   }
   mirror(c, m);
 }
 
-// to [rows, columns] = value(position, how to load) minus `shift` on the diagonal, rounded to what its pairs hold,
-// times `factor`.
+// Rounds value(position, how to load) [rows, columns] to pairs, and keeps that times `factor`.
 template <class F>
-void settle(int64_t rows, int64_t columns, float* to, Pair* pairs, float shift, float factor, const F& value) {
+void settle(int64_t rows, int64_t columns, const F& value, float factor, float* to, Pair* pairs) {
   for (int64_t i = 0; i < rows; i += 2)
     along(columns, [&](int64_t at, auto get, auto put) {
-      const auto row = [&](int64_t r) {
-        V exact = value(r * columns + at, get);
-        if (r >= at && r < at + W) exact[r - at] -= shift;
-        const Halves rounded = narrow(exact);
-        put(to + r * columns + at, factor * widen(rounded));
+      const auto row = [&](int64_t place) {
+        const Halves rounded = narrow(value(place, get));
+        put(to + place, factor * widen(rounded));
         return __builtin_convertvector(rounded, Words);
       };
-      const Words low = row(i), high = i + 1 < rows ? row(i + 1) : Words{};
+      const Words low = row(i * columns + at), high = i + 1 < rows ? row((i + 1) * columns + at) : Words{};
       put(pairs + i / 2 * apart(columns) + at, low | high << 16);
     });
 }
@@ -49,57 +44,22 @@ void settle(int64_t rows, int64_t columns, float* to, Pair* pairs, float shift, 
 struct Iterate {
   Tiles tiles;
   int64_t m, k;
-  std::vector<float> x, g, p, q;
-  std::vector<Pair> across, down, first, second;
+  std::vector<float> x, g, p;
+  std::vector<Pair> across, down, pairs;
 
   Iterate(int64_t m, int64_t k)
-      : m(m), k(k), x(m * k), g(m * m), p(m * m), q(m * m), across(half(k) * apart(m)), down(half(m) * apart(k)),
-        first(half(m) * apart(m)), second(half(m) * apart(m)) {}
+      : m(m), k(k), x(m * k), g(m * m), p(m * m), across(half(k) * apart(m)), down(half(m) * apart(k)),
+        pairs(half(m) * apart(m)) {}
 
-  void multiply_squares(const std::vector<Pair>& a, const std::vector<Pair>& b, std::vector<float>& to) {
-    multiply_symmetric(m, half(m), a.data(), b.data(), to.data());
-  }
-
-  // to = value(position, how to load), rounded, and its pairs.
-  template <class F>
-  void keep(std::vector<float>& to, std::vector<Pair>& pairs, const F& value, float shift = 0.0f) {
-    settle(m, m, to.data(), pairs.data(), shift, 1.0f, value);
-  }
-
-  // The same without the mean of its diagonal, which is returned: what is left is smaller, and so is its rounding.
-  template <class F>
-  float keep_centred(std::vector<float>& to, std::vector<Pair>& pairs, const F& value) {
-    float mean = 0.0f;
-    for (int64_t at = 0; at < m * m; at += m + 1) mean += value(at, [](const float* x) { return splat(*x); })[0] / m;
-    keep(to, pairs, value, mean);
-    return mean;
-  }
-
-  // One step, or two: x = product of their polynomials times x.
-  void advance(const double* step, bool two) {
-    const auto sum_of = [](float a, const std::vector<float>& x, float b, const std::vector<float>& y) {
-      return [=, x = x.data(), y = y.data()](int64_t at, auto get) { return a * get(x + at) + b * get(y + at); };
-    };
+  // x = a x + P x with P = b G + c G^2, G = x x'.
+  void step(float a, float b, float c) {
     lay_across(x.data(), m, k, k, across.data(), apart(m));
-    multiply_symmetric(m, half(k), across.data(), across.data(), g.data());
-    keep(g, first, [&](int64_t at, auto get) { return get(g.data() + at); });
-    multiply_squares(first, first, p);
-    float identity = step[0] + keep_centred(p, second, sum_of(step[1], g, step[2], p));
-    if (two) {
-      const float before = identity;
-      multiply_squares(second, first, q);
-      keep(q, first, sum_of(before, g, 1.0f, q));
-      multiply_squares(second, first, g);
-      keep(g, first, sum_of(before, q, 1.0f, g));
-      multiply_squares(first, first, q);
-      const float then = step[3] + keep_centred(q, first, sum_of(step[4], g, step[5], q));
-      multiply_squares(first, second, g);
-      const auto rest = sum_of(before, q, then, p);
-      const auto whole = [&](int64_t at, auto get) { return get(g.data() + at) + rest(at, get); };
-      identity = before * then + keep_centred(g, second, whole);
-    }
-    settle(m, k, x.data(), down.data(), 0.0f, identity, [&](int64_t at, auto get) { return get(x.data() + at); });
-    multiply(m, k, half(m), {second.data(), 1, apart(m)}, down.data(), apart(k), x.data(), k, true);
+    multiply_by_itself(m, half(k), across.data(), g.data());
+    settle(m, m, [&](int64_t at, auto get) { return get(&g[at]); }, 1.0f, g.data(), pairs.data());
+    multiply_by_itself(m, half(m), pairs.data(), p.data());
+    settle(m, m, [&](int64_t at, auto get) { return b * get(&g[at]) + c * get(&p[at]); }, 1.0f, p.data(), pairs.data());
+    settle(m, k, [&](int64_t at, auto get) { return get(&x[at]); }, a, x.data(), down.data());
+    multiply(m, k, half(m), {pairs.data(), 1, apart(m)}, down.data(), apart(k), x.data(), k, true);
   }
 };
 
@@ -121,7 +81,7 @@ Tensor newton_schulz(const Tensor& x, const std::vector<double>& steps, double s
         copy(one, m * k, own.x.data());
       const float inverse = 1.0f / std::max(std::sqrt(sum(squares)), float(smallest));
       along(m * k, [&](int64_t at, auto get, auto put) { put(&own.x[at], inverse * get(&own.x[at])); });
-      for (size_t i = 0; i < steps.size(); i += 6) own.advance(steps.data() + i, i + 3 < steps.size());
+      for (size_t i = 0; i < steps.size(); i += 3) own.step(steps[i], steps[i + 1], steps[i + 2]);
       if (rows > columns)
         transpose(own.x.data(), m, k, k, to + n * m * k, m);
       else

@@ -1,4 +1,4 @@
-"""Newton-Schulz orthogonalisation, a matrix a thread, two steps at a time; `newton_schulz.cpp` has its cost.
+"""Newton-Schulz orthogonalisation, a matrix a thread; `newton_schulz.cpp` has its cost.
 
 Shapes: N matrices, r rows, c columns.
 """
