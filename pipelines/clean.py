@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -41,6 +43,9 @@ MESSAGE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.strin
 DIALOGUES = pa.schema([pa.field("messages", pa.list_(MESSAGE)), *COLUMNS])
 NAVIGATION = 40  # characters; a line of prose at least this long in many documents of a source is furniture
 LONG_LINE = re.compile(rf"^.{{{NAVIGATION},}}", re.MULTILINE)
+LONG = 2000  # characters from which on whole-array operations are the faster ones
+ROWS = 1024  # that Parquet takes at a time; a larger array in one piece would be moved again and again as it grows
+FACTOR = np.int64(0x1E3779B97F4A7C15)  # odd, to mix numbers with
 CONTROL = bytes([*range(9), 11, 12, *range(14, 32), 127])  # in UTF-8 such a byte is always a character of its own
 MARKUP = {".rst": "rst", ".po": "po", ".jsonl": "jsonl", ".parquet": "parquet"}
 CODE_SUFFIXES = {".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".sh", ".css", ".sql"}
@@ -201,14 +206,25 @@ def _normal_dialogue(dialogue: Dialogue) -> Dialogue:
 
 def normal(text: str) -> str:
     """Unicode NFC, newlines as \\n, no trailing blanks, at most two empty lines in a row, no control characters."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = text.encode("utf-8", "surrogatepass").translate(None, CONTROL).decode("utf-8", "surrogatepass")
-    text = text.replace("\ufeff", "")
-    if " \n" in text or "\t\n" in text:
-        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
-    if "\n\n\n\n" in text:
-        text = re.sub(r"\n{4,}", "\n\n\n", text)
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = unicodedata.normalize("NFC", text).replace("\ufeff", "")
+    content = text.encode("utf-8", "surrogatepass").translate(None, CONTROL)
+    text = content.decode("utf-8", "surrogatepass")
+    if len(text) < LONG or not _tidy(content):
+        if " \n" in text or "\t\n" in text:
+            text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+        if "\n\n\n\n" in text:
+            text = re.sub(r"\n{4,}", "\n\n\n", text)
     return text.strip()
+
+
+def _tidy(content: bytes) -> bool:
+    """Whether no blank stands before a newline and no four newlines in a row, sooner than three searches would."""
+    code = np.frombuffer(content, np.uint8)
+    newlines = np.flatnonzero(code == ord("\n"))
+    before = code[newlines - 1].tobytes()
+    return b" " not in before and b"\t" not in before and bool((newlines[3:] - newlines[:-3] > 3).all())
 
 
 def _row(item: Item, source: dict[str, Any], path: str, language: str) -> Row:
@@ -231,9 +247,9 @@ def _drop_furniture(rows: list[Row], min_characters: int) -> int:
     prose = [
         row for row in rows if "text" in row and not row["path"].endswith(".po") and _suffix(row) not in CODE_SUFFIXES
     ]
-    found = [{line.strip() for line in LONG_LINE.findall(row["text"])} for row in prose]
-    count = Counter(chain.from_iterable(found))
     limit = max(10, len(prose) // 50)
+    found = _repeated_lines([row["text"] for row in prose], limit)
+    count = Counter(chain.from_iterable(found))
     furniture = {line for line, documents in count.items() if documents > limit and len(line) >= NAVIGATION}
     gone = set()
     for row, lines in zip(prose, found, strict=True):
@@ -246,6 +262,36 @@ def _drop_furniture(rows: list[Row], min_characters: int) -> int:
         row["text"] = text
     rows[:] = [row for row in rows if id(row) not in gone]
     return len(gone)
+
+
+def _repeated_lines(texts: list[str], limit: int) -> list[set[str]]:
+    """Of each text its long lines, stripped, that more than `limit` texts may hold; a few others may be among them."""
+    found: list[set[str]] = [set() for _ in texts]
+    lines = [_long_lines(_framed(text)) for text in texts]
+    owners = np.repeat(np.arange(len(texts)), [part.shape[1] for part in lines])
+    ends, numbers = np.concatenate([np.zeros((2, 0), np.int64), *lines], axis=1)
+    values, times = np.unique(numbers, return_counts=True)
+    repeated = np.isin(numbers, values[times > limit])
+    hits = zip(owners[repeated].tolist(), ends[repeated].tolist(), strict=True)
+    for owner, places in groupby(hits, itemgetter(0)):
+        content = _framed(texts[owner])
+        found[owner] = {content[content.rfind(b"\n", 0, end) + 1 : end].decode().strip() for _, end in places}
+    return found
+
+
+def _framed(text: str) -> bytes:
+    """UTF-8 between two newlines; nothing blank ends a line of it, which `normal` alone grants for ASCII only."""
+    lines = text if text.isascii() else "\n".join(map(str.strip, LONG_LINE.findall(text)))
+    return f"\n{lines}\n".encode()
+
+
+def _long_lines(content: bytes) -> np.ndarray:
+    """Where long lines end, and for each a number made of its last bytes, equal for equal lines: [2, n]."""
+    newlines = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+    ends = newlines[1:][newlines[1:] - newlines[:-1] > NAVIGATION]
+    eights = np.ndarray(max(len(content) - 7, 0), np.int64, content, strides=(1,))  # from every byte on
+    first, middle, last = (eights[ends - back] for back in (NAVIGATION, NAVIGATION // 2, 8))
+    return np.stack([ends, (first * FACTOR + middle) * FACTOR + last])
 
 
 def _suffix(row: Row) -> str:
@@ -313,7 +359,8 @@ def _summary(name: str, entry: dict[str, Any]) -> str:
 
 def _write(path: Path, rows: list[Row], schema: pa.Schema) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table([pa.array([row[field.name] for row in rows], field.type) for field in schema], schema=schema)
+    parts = [pa.RecordBatch.from_pylist(rows[at : at + ROWS], schema) for at in range(0, len(rows), ROWS)]
+    table = pa.Table.from_batches(parts, schema)
     pq.write_table(table, path, compression="zstd")
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipelines.baselines import KneserNey
-from pipelines.clean import clean, normal, split_of
-from pipelines.contracts import CONTAMINATED, accept, contracts, control_characters, has_secret
+from pipelines.clean import LONG, NAVIGATION, _repeated_lines, clean, normal, split_of
+from pipelines.contracts import CONTAMINATED, accept, contracts, control_characters, has_secret, have_secrets
 from pipelines.encode import BOS, EOS, SPECIAL, encode, encoded, load_encoder, train_tokenizer
 from pipelines.finetune import mark_assistant
 from pipelines.markup import as_dialogue, po_to_text, rst_to_text
@@ -120,6 +120,23 @@ def test_lines_that_many_documents_share_are_furniture(tmp_path: Path) -> None:
     table, _, profile = cleaned(tmp_path, SMALL, a={"use": "pretrain", "files": files})
     assert not table["text"].str.contains("Products").any()
     assert profile["a"]["dropped"]["boilerplate"] == 3
+
+
+LINES = [
+    "a" * NAVIGATION,
+    "\t" + "a" * NAVIGATION,
+    "b" + "a" * NAVIGATION,
+    "\u00e9" * NAVIGATION,
+    "a" * NAVIGATION + "\xa0",
+]
+
+
+@given(st.lists(st.lists(st.sampled_from([*LINES, "short", "", "\u00e9"])).map("\n".join), max_size=6))
+def test_no_repeated_line_is_missed(texts: list[str]) -> None:
+    lines = [{line.strip() for line in text.split("\n") if len(line.strip()) >= NAVIGATION} for text in texts]
+    repeated = {line for part in lines for line in part if sum(line in other for other in lines) > 2}
+    for part, found in zip(lines, _repeated_lines(texts, 2), strict=True):
+        assert part & repeated <= found <= part
 
 
 @given(st.text())
@@ -310,16 +327,18 @@ PIECES += ["+", "\n", "-----BEGIN ", "RSA ", "PRIVATE KEY", "\x07", "\x85"]
 @given(st.lists(st.sampled_from(PIECES), max_size=7).map("".join))
 def test_secrets_and_control_characters_are_those_of_one_expression(anything: str) -> None:
     assert has_secret(anything) == bool(SECRET.search(anything))
+    assert have_secrets(pd.Series([anything, "none"])).tolist() == [has_secret(anything), False]
     assert control_characters(anything) == len(re.findall(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", anything))
 
 
 @settings(max_examples=300)
 @given(st.text(st.sampled_from("a \t\r\n\0\x0b\x85\xa0\ufeffe\u0301\u2028")))
 def test_normal_text_is_what_expressions_make_of_it(anything: str) -> None:
-    text = unicodedata.normalize("NFC", anything.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text)
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-    assert normal(anything) == re.sub(r"\n{4,}", "\n\n\n", text).strip("\n").strip()
+    for given_text in (anything, f"{anything}{'a' * LONG}"):
+        text = unicodedata.normalize("NFC", given_text.replace("\r\n", "\n").replace("\r", "\n"))
+        text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text)
+        text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+        assert normal(given_text) == re.sub(r"\n{4,}", "\n\n\n", text).strip("\n").strip()
 
 
 def test_a_vocabulary_beyond_the_text_is_refused() -> None:
