@@ -150,8 +150,7 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> list[Row]:
     if DENSE in times:
         what = "a dense model of equal active parameters"
         found.append(_row(f"{key}-dense", f"{name}: over {what}", targets[2], times, DENSE, rows))
-    if size > 256 and precision == "bfloat16":
-        found.append(_share(f"{key}-matmul", name, config, rows, times, settings.device))
+    found.append(_share(f"{key}-matmul", f"{name}: share of the best {precision} matrix product", config, data, times))
     return found
 
 
@@ -163,13 +162,14 @@ def _row(key: str, what: str, target: float, times: Times, other: str, rows: int
     return Row(key, what, target, value, unit="x", spread=spread, ours=texts[0], peer=texts[1], figures=figures)
 
 
-def _share(key: str, name: str, config: ModelConfig, rows: int, times: Times, device: torch.device) -> Row:
-    """Operations of the step a second over those of the best bfloat16 product."""
-    peak, flops = best_matmul(torch.bfloat16, device), training_flops(config, rows)
+def _share(key: str, what: str, config: ModelConfig, data: tuple[Tensor, Tensor], times: Times) -> Row:
+    """Operations of the step a second over those of the best product of that precision: how near the limit is."""
+    peak = best_matmul(getattr(torch, key.split("-")[1]), data[0].device)
+    flops = training_flops(config, len(data[0]))
     shares = [flops / seconds / peak for seconds in times[OURS]]
     return Row(
         key,
-        f"{name}: share of the best bfloat16 matrix product",
+        what,
         SHARE_OF_MATMUL,
         median(shares),
         unit="%",
