@@ -65,6 +65,8 @@ def draw(content: dict[str, Any], path: Path = SVG) -> None:
         places = range(len(rows))[::-1]
         axes.barh(places, [value - 1 for value in reached], left=1, color=[COLOURS[bool(row.met)] for row in rows])
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(y=0.01)
         axes.set_yticks(places, [row.what for row in rows])
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlabel("measured over target; right of 1: met")
