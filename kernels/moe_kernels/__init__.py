@@ -38,6 +38,7 @@ __all__ = [
     "hyper_head",
     "hyper_read",
     "hyper_write",
+    "linear",
     "newton_schulz",
     "permute",
     "reference_only",
@@ -131,6 +132,11 @@ def experts(
     limit: as for `swiglu`.
     """
     return implementation("experts", x_TD.device.type)(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, limit)
+
+
+def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
+    """x weight^T over the last axis, in the dtype of autocast where that is on, else of `x`."""
+    return implementation("linear", x.device.type)(x, weight_OD)
 
 
 def attention(

@@ -38,6 +38,7 @@ OPERATIONS = {  # operation -> the file that holds it
     "hyper_head": "hyper_connection",
     "hyper_read": "hyper_connection",
     "hyper_write": "hyper_connection",
+    "linear": "linear",
     "newton_schulz": "newton_schulz",
     "permute": "permute",
     "rms_norm": "rms_norm",

@@ -4,125 +4,149 @@
 //
 // A counting sort gives each expert its rows. An expert is the unit of work of a thread: it gathers its rows,
 // multiplies them, applies the activation in fp32 with the mixing weight folded in, multiplies again; each token then
-// sums its K rows in order. Cost: 6 D F FLOP a row forwards and 12 D F backwards in the products, which is the limit for M of 100
-// and more; the rest is 2 D + 3 F numbers a row each way that mostly stay in the second cache.
+// sums its K rows in order. Cost: 6 D F FLOP a row forwards and 12 D F backwards in the products, which is the limit for
+// M of 100 and more; the rest is 2 D + 3 F numbers a row each way that mostly stay in the second cache.
 //
-// fp32 is multiplied by PyTorch (MKL), bfloat16 by blocks of experts_bfloat16.h. Only gate and up [N, 2 F] are kept for
-// the backward pass; order and inputs are gathered again.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
-#include "experts_bfloat16.h"
+// BLOCK rows at a time go through all products of a pass, so that what lies between them (150 kB in bfloat16 at D 256,
+// F 128) stays in the second cache beside the weights (200 kB). For rows in bfloat16 an expert rounds and pairs its
+// weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a weight and step where copies in bfloat16
+// would take 18. Sums over rows, which are the weights' gradients, leave in fp32 as they are, `part` rows at a time or
+// fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and inputs are gathered again.
+#include "multiply.h"
+#include "routes.h"
+#include "swiglu.h"
 
 namespace {
 
-constexpr int64_t FEWEST = 4;  // rows of an fp32 product: fewer go through other code, which rounds otherwise, and a
-                               // token's result must not depend on how many others chose its experts
+constexpr int64_t BLOCK = 48;
 
-// A matrix of PyTorch's over memory that is there already.
-Tensor matrix(const float* data, int64_t rows, int64_t columns, bool transposed = false) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {transposed ? 1 : columns, transposed ? rows : 1};
-  return torch::stable::from_blob(const_cast<float*>(data), {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  torch::headeronly::ScalarType::Float);
-}
+// Rows that are summed at a time: as many as the second cache takes beside the weights.
+template <class T>
+constexpr int64_t PART = (sizeof(T) == 2 ? 5 : 4) * BLOCK;
 
-void product(const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
+template <class T, class U>
+struct Gradients {
+  T* x;
+  U *gate_up, *down;
+  float* weights;
 
-// The rows of one expert: `count` real ones from `begin` on, and `all` with those of zeros.
-struct Share {
-  int64_t begin, count, all;
-
-  Share(const Routes& routes, int64_t e)
-      : begin(routes.ends[e]), count(routes.count(e)), all(count ? std::max(count, FEWEST) : 0) {}
-
-  float* gather(const Sizes& z, const Routes& routes, const float* from, Scratch<float>& scratch) const {
-    float* rows = scratch.take(all * z.width);
-    for (int64_t i = 0; i < count; i++)
-      std::memcpy(rows + i * z.width, from + routes.pairs[begin + i] / z.choices * z.width, z.width * sizeof(float));
-    std::memset(rows + count * z.width, 0, (all - count) * z.width * sizeof(float));
-    return rows;
-  }
-
-  // a times b to the rows of this expert in `to`, without those of zeros.
-  void multiply_to(const Tensor& a, const Tensor& b, int64_t width, float* to, Scratch<float>& scratch) const {
-    float* own = all == count ? to + begin * width : scratch.take(all * width);
-    product(a, b, matrix(own, all, width));
-    if (all != count) std::copy_n(own, count * width, to + begin * width);
+  void clear(const Sizes& z, int64_t e) const {
+    std::fill_n(gate_up + e * z.both(), z.both(), U());
+    std::fill_n(down + e * z.down(), z.down(), U());
   }
 };
 
-void forward(const Sizes& z, const float* x, const Routes& routes, const float* weights, const float* gate_up,
-             const float* down, float limit, float* kept, float* y) {
-  auto rows = std::make_unique_for_overwrite<float[]>(z.rows * z.width);
-  const int64_t size = std::max(routes.most(), FEWEST) * (2 * z.width + 3 * z.inner);
-  each_expert(z.experts, [&] { return Scratch<float>(size); }, [&](int64_t e, Scratch<float>& scratch) {
-    const Share own(routes, e);
-    if (!own.count) return;
-    scratch.taken = 0;
-    const float* in = own.gather(z, routes, x, scratch);
-    float* hidden = scratch.take(own.all * z.inner);
-    own.multiply_to(matrix(in, own.all, z.width), matrix(gate_up + e * z.both(), z.width, 2 * z.inner, true),
-                    2 * z.inner, kept, scratch);
-    for (int64_t i = 0; i < own.count; i++) {
-      const float* gate = kept + (own.begin + i) * 2 * z.inner;
-      swiglu_row(gate, gate + z.inner, z.inner, limit, weights[routes.pairs[own.begin + i]], hidden + i * z.inner);
+// Rows `begin` to `begin + count` of the sorted ones.
+template <class T>
+void gather(const Sizes& z, const Routes& routes, const T* x, int64_t begin, int64_t count, Rows<T>& to) {
+  for (int64_t i = 0; i < count; i++)
+    std::memcpy(to.at(i), x + routes.pairs[begin + i] / z.choices * z.width, z.width * sizeof(T));
+}
+
+template <class T>
+struct ForwardRoom {
+  Tiles tiles;
+  std::vector<Element<T>> gate_up, down;
+  Rows<T> in, hidden;
+  std::vector<float> both;
+
+  explicit ForwardRoom(const Sizes& z)
+      : gate_up(elements<T>(z.width) * 2 * z.inner), down(elements<T>(z.inner) * z.width), in(BLOCK, z.width),
+        hidden(BLOCK, z.inner), both(BLOCK * 2 * z.inner) {}
+};
+
+template <class T, class U>
+void forward(const Sizes& z, const T* x, const Routes& routes, const float* weights, const U* gate_up, const U* down,
+             float limit, T* kept, T* y) {
+  auto rows = std::make_unique_for_overwrite<T[]>(z.rows * z.width);
+  each_expert(z.experts, [&] { return ForwardRoom<T>(z); }, [&](int64_t e, ForwardRoom<T>& room) {
+    if (!routes.count(e)) return;
+    lay_across(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), 2 * z.inner);
+    lay_across(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.width);
+    for (int64_t begin = routes.ends[e]; begin < routes.ends[e + 1]; begin += BLOCK) {
+      const int64_t count = std::min(BLOCK, routes.ends[e + 1] - begin);
+      T* own = kept + begin * 2 * z.inner;
+      float* both = landing(own, room.both);
+      gather(z, routes, x, begin, count, room.in);
+      multiply(count, 2 * z.inner, room.in.row, room.in.from(0), room.gate_up.data(), 2 * z.inner, both, 2 * z.inner,
+               false);
+      for (int64_t i = 0; i < count; i++) {
+        const float* gate = both + i * 2 * z.inner;
+        swiglu_row(gate, gate + z.inner, z.inner, limit, weights[routes.pairs[begin + i]], room.hidden.at(i));
+      }
+      settle(both, count * 2 * z.inner, own);
+      multiply(count, z.width, room.hidden.row, room.hidden.from(0), room.down.data(), z.width,
+               rows.get() + begin * z.width, z.width, false);
     }
-    std::fill(hidden + own.count * z.inner, hidden + own.all * z.inner, 0.0f);
-    own.multiply_to(matrix(hidden, own.all, z.inner), matrix(down + e * z.down(), z.inner, z.width, true), z.width,
-                    rows.get(), scratch);
   });
   combine(routes, rows.get(), z, y);
 }
 
-// The activation of one expert's rows backwards: d_hidden -> hidden, the weight in it, and the gradient of gate_up.
-void activation_backward(const Sizes& z, const Routes& routes, const Share& own, const float* kept,
-                         const float* weights, float limit, const float* d_hidden, float* hidden, float* d_both,
-                         float* d_weights) {
-  for (int64_t i = 0; i < own.count; i++) {
-    const int64_t pair = routes.pairs[own.begin + i];
-    const float *gate = kept + (own.begin + i) * 2 * z.inner, *up = gate + z.inner;
-    float* d_gate = d_both + i * 2 * z.inner;
-    swiglu_row(gate, up, z.inner, limit, weights[pair], hidden + i * z.inner);
-    d_weights[pair] = swiglu_row_backward<true>(gate, up, d_hidden + i * z.inner, z.inner, limit, weights[pair],
-                                                d_gate, d_gate + z.inner);
+template <class T>
+struct BackwardRoom {
+  Tiles tiles;
+  std::vector<Element<T>> gate_up, down, pairs[4];
+  Rows<T> in, grad, hidden, both;
+  std::vector<float> d_hidden, d_gate_up, d_down;
+
+  BackwardRoom(const Sizes& z, bool rounded)
+      : gate_up(elements<T>(2 * z.inner) * z.width), down(elements<T>(z.width) * z.inner), in(PART<T>, z.width),
+        grad(PART<T>, z.width), hidden(PART<T>, z.inner), both(PART<T>, 2 * z.inner), d_hidden(BLOCK * z.inner),
+        d_gate_up(rounded ? z.both() : 0), d_down(rounded ? z.down() : 0) {}
+};
+
+// BLOCK rows or fewer of a part, from `first` of the part and `row` of all rows on: d_y -> hidden and d_both, d_rows.
+template <class T>
+void backward_block(const Sizes& z, const Routes& routes, BackwardRoom<T>& room, int64_t first, int64_t row,
+                    int64_t count, const float* weights, const T* kept, float limit, float* d_weights, T* d_rows) {
+  multiply(count, z.inner, room.grad.row, room.grad.from(first), room.down.data(), z.inner, room.d_hidden.data(),
+           z.inner, false);
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t pair = routes.pairs[row + i];
+    const T *gate = kept + (row + i) * 2 * z.inner, *up = gate + z.inner;
+    T* d_gate = room.both.at(first + i);
+    swiglu_row(gate, up, z.inner, limit, weights[pair], room.hidden.at(first + i));
+    d_weights[pair] = swiglu_row_backward<true>(gate, up, room.d_hidden.data() + i * z.inner, z.inner, limit,
+                                                weights[pair], d_gate, d_gate + z.inner);
   }
-  std::fill(hidden + own.count * z.inner, hidden + own.all * z.inner, 0.0f);
-  std::fill(d_both + own.count * 2 * z.inner, d_both + own.all * 2 * z.inner, 0.0f);
+  multiply(count, z.width, room.both.row, room.both.from(first), room.gate_up.data(), z.width, d_rows + row * z.width,
+           z.width, false);
 }
 
-void backward(const Sizes& z, const float* d_y, const float* x, const Routes& routes, const float* weights,
-              const float* gate_up, const float* down, const float* kept, float limit,
-              const Gradients<float, float>& to) {
-  auto d_rows = std::make_unique_for_overwrite<float[]>(z.rows * z.width);
-  const int64_t size = std::max(routes.most(), FEWEST) * (3 * z.width + 4 * z.inner);
-  each_expert(z.experts, [&] { return Scratch<float>(size); }, [&](int64_t e, Scratch<float>& scratch) {
-    const Share own(routes, e);
-    if (!own.count) return to.clear(z, e);
-    scratch.taken = 0;
-    const float *in = own.gather(z, routes, x, scratch), *grad = own.gather(z, routes, d_y, scratch);
-    float *d_hidden = scratch.take(own.all * z.inner), *hidden = scratch.take(own.all * z.inner);
-    float* d_both = scratch.take(own.all * 2 * z.inner);
-    product(matrix(grad, own.all, z.width), matrix(down + e * z.down(), z.width, z.inner),
-            matrix(d_hidden, own.all, z.inner));
-    activation_backward(z, routes, own, kept, weights, limit, d_hidden, hidden, d_both, to.weights);
-    product(matrix(grad, z.width, own.all, true), matrix(hidden, own.all, z.inner),
-            matrix(to.down + e * z.down(), z.width, z.inner));
-    product(matrix(d_both, 2 * z.inner, own.all, true), matrix(in, own.all, z.width),
-            matrix(to.gate_up + e * z.both(), 2 * z.inner, z.width));
-    own.multiply_to(matrix(d_both, own.all, 2 * z.inner), matrix(gate_up + e * z.both(), 2 * z.inner, z.width), z.width,
-                    d_rows.get(), scratch);
+// What the rows of a part give to the weights' gradients, or add to them.
+template <class T>
+void add_part(const Sizes& z, BackwardRoom<T>& room, int64_t count, float* d_gate_up, float* d_down, bool add) {
+  const Down<T> in(room.in, count, room.pairs[0]), grad(room.grad, count, room.pairs[1]);
+  const Down<T> hidden(room.hidden, count, room.pairs[2]), both(room.both, count, room.pairs[3]);
+  multiply(2 * z.inner, z.width, elements<T>(count), both.transposed(), in.data, in.row, d_gate_up, z.width, add);
+  multiply(z.width, z.inner, elements<T>(count), grad.transposed(), hidden.data, hidden.row, d_down, z.inner, add);
+}
+
+template <class T, class U>
+void backward(const Sizes& z, const T* d_y, const T* x, const Routes& routes, const float* weights, const U* gate_up,
+              const U* down, const T* kept, float limit, const Gradients<T, U>& to) {
+  constexpr bool rounded = !std::is_same_v<U, float>;
+  auto d_rows = std::make_unique_for_overwrite<T[]>(z.rows * z.width);
+  each_expert(z.experts, [&] { return BackwardRoom<T>(z, rounded); }, [&](int64_t e, BackwardRoom<T>& room) {
+    const int64_t begin = routes.ends[e], end = routes.ends[e + 1];
+    if (begin == end) return to.clear(z, e);
+    float *d_gate_up = landing(to.gate_up + e * z.both(), room.d_gate_up);
+    float *d_down = landing(to.down + e * z.down(), room.d_down);
+    lay_down(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), z.width);
+    lay_down(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.inner);
+    const int64_t size = parts(parts(end - begin, parts(end - begin, PART<T>)), BLOCK) * BLOCK;
+    for (int64_t part = begin; part < end; part += size) {
+      const int64_t count = std::min(size, end - part);
+      gather(z, routes, x, part, count, room.in);
+      gather(z, routes, d_y, part, count, room.grad);
+      for (int64_t at = 0; at < count; at += BLOCK)
+        backward_block(z, routes, room, at, part + at, std::min(BLOCK, count - at), weights, kept, limit, to.weights,
+                       d_rows.get());
+      add_part(z, room, count, d_gate_up, d_down, part > begin);
+    }
+    settle(d_gate_up, z.both(), to.gate_up + e * z.both()), settle(d_down, z.down(), to.down + e * z.down());
   });
   combine(routes, d_rows.get(), z, to.x);
-}
-
-// Runs f with null pointers of the element types of rows and of weights.
-template <class F>
-void with_types(const Tensor& rows, const Tensor& weights, const F& f) {
-  with_type(rows, [&](auto* row) { with_type(weights, [&](auto* weight) {
-    if constexpr (sizeof(*row) <= sizeof(*weight)) f(row, weight);
-  }); });
 }
 
 std::tuple<Tensor, Tensor> experts(const Tensor& x, const Tensor& indices, const Tensor& weights,

@@ -58,15 +58,14 @@ inline void add_product(V& total, Pair left, Words right) {
 #endif
 }
 
-template <int VECTORS, class E, class Get, class Put>
-inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const E* b, int64_t b_row, float* c,
+template <int VECTORS, class E, class C, class Get, class Put>
+inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const E* b, int64_t b_row, C* c,
                           int64_t c_row, bool add, const Get& get, const Put& put) {
   V total[HEIGHT][VECTORS] = {};
   const E* from[HEIGHT];
   for (int i = 0; i < HEIGHT; i++) from[i] = a.data + std::min<int64_t>(i, rows - 1) * a.row;
-  if (add)
-    for (int i = 0; i < HEIGHT; i++)
-      for (int k = 0; k < VECTORS; k++) total[i][k] = get(c + std::min<int64_t>(i, rows - 1) * c_row + k * W);
+  for (int64_t i = 0; i < std::min<int64_t>(rows, HEIGHT); i++)
+    for (int k = 0; k < VECTORS; k++) __builtin_prefetch(c + i * c_row + k * W, 1);
   for (int64_t p = 0; p < inner; p++) {
     decltype(get(b)) right[VECTORS];
 #pragma GCC unroll 8
@@ -79,15 +78,18 @@ inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const
     }
   }
   for (int64_t i = 0; i < std::min<int64_t>(rows, HEIGHT); i++)
-    for (int k = 0; k < VECTORS; k++) put(c + i * c_row + k * W, total[i][k]);
+    for (int k = 0; k < VECTORS; k++) {
+      C* to = c + i * c_row + k * W;
+      put(to, add ? get(to) + total[i][k] : total[i][k]);
+    }
 }
 
 // c [rows, columns] = a [rows, inner] b [inner, columns], or that added to it.
-template <class E>
+template <class E, class C>
 inline void multiply_tiles(int64_t rows, int64_t columns, int64_t inner, const Matrix<E>& a, const E* b, int64_t b_row,
-                           float* c, int64_t c_row, bool add) {
+                           C* c, int64_t c_row, bool add) {
   auto get = [](const auto* p) { return load(p); };
-  auto put = [](float* p, V v) { store(p, v); };
+  auto put = [](C* p, V v) { store(p, v); };
   auto down = [&](int64_t at, auto vectors, const auto& from, const auto& to) {
     for (int64_t r = 0; r < rows; r += HEIGHT)
       multiply_tile<vectors(), E>(rows - r, inner, {a.data + r * a.row, a.row, a.column}, b + at, b_row,
@@ -103,7 +105,7 @@ inline void multiply_tiles(int64_t rows, int64_t columns, int64_t inner, const M
   at = columns / W * W;
   if (const int64_t left = columns - at)
     down(at, std::integral_constant<int, 1>(), [left](const auto* p) { return load(p, left); },
-         [left](float* p, V v) { store(p, v, left); });
+         [left](C* p, V v) { store(p, v, left); });
 }
 
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<float>& a, const float* b,
@@ -112,16 +114,23 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<
 }
 
 // The same of pairs; `inner` counts pairs.
+template <class C>
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<Pair>& a, const Pair* b, int64_t b_row,
-                     float* c, int64_t c_row, bool add) {
+                     C* c, int64_t c_row, bool add) {
 #if defined(__AMX_BF16__)
-  std::vector<Pair> turned(a.column == 1 ? 0 : rows * inner);
-  for (int64_t p = 0; p < (a.column == 1 ? 0 : inner); p++)
-    for (int64_t i = 0; i < rows; i++) turned[i * inner + p] = a.data[i * a.row + p * a.column];
-  const Matrix<Pair> own = a.column == 1 ? a : Matrix<Pair>(turned.data(), inner);
-  at::native::cpublas::brgemm(rows, columns, 2 * inner, 2 * own.row, b_row, c_row, add,
-                              reinterpret_cast<const c10::BFloat16*>(own.data),
-                              reinterpret_cast<const c10::BFloat16*>(b), c, true);
+  constexpr int64_t multiple = 16;  // of the rows: oneDNN makes new code for every number of them
+  const int64_t all = parts(rows, multiple) * multiple;
+  const bool as_it_is = a.column == 1 && all == rows, there = std::is_same_v<C, float> && all == rows;
+  std::vector<Pair> turned(as_it_is ? 0 : all * inner);
+  for (int64_t i = 0; i < (as_it_is ? 0 : rows); i++)
+    for (int64_t p = 0; p < inner; p++) turned[i * inner + p] = a.data[i * a.row + p * a.column];
+  std::vector<float> own(there ? 0 : all * columns);
+  for (int64_t i = 0; i < (there || !add ? 0 : rows); i++) copy(c + i * c_row, columns, own.data() + i * columns);
+  at::native::cpublas::brgemm(all, columns, 2 * inner, 2 * (as_it_is ? a.row : inner), b_row, there ? c_row : columns,
+                              add, reinterpret_cast<const c10::BFloat16*>(as_it_is ? a.data : turned.data()),
+                              reinterpret_cast<const c10::BFloat16*>(b),
+                              there ? reinterpret_cast<float*>(c) : own.data(), true);
+  for (int64_t i = 0; i < (there ? 0 : rows); i++) copy(own.data() + i * columns, columns, c + i * c_row);
 #else
   multiply_tiles(rows, columns, inner, a, b, b_row, c, c_row, add);
 #endif
@@ -144,14 +153,24 @@ inline int64_t elements(int64_t count) {
   return std::is_same_v<T, float> ? count : half(count);
 }
 
+inline Halves halves(const float* from, int64_t count = W) { return narrow(load(from, count)); }
+
+inline Halves halves(const Bits* from, int64_t count = W) {
+  Halves found{};
+  std::memcpy(&found, from, count == W ? sizeof found : sizeof(Bits) * count);
+  return found;
+}
+
 // Two rows as one row of pairs; without a second one it counts as zeros.
 template <class T>
 inline void pair_rows(const T* first, const T* second, int64_t width, Pair* to) {
-  along(width, [&](int64_t at, auto get, auto put) {
-    const Words low = __builtin_convertvector(narrow(get(first + at)), Words);
-    const Words high = __builtin_convertvector(second ? narrow(get(second + at)) : Halves{}, Words);
-    put(to + at, low | high << 16);
-  });
+  auto paired = [](Halves low, Halves high) {
+    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+  };
+  int64_t at = 0;
+  for (; at + W <= width; at += W) store(to + at, paired(halves(first + at), second ? halves(second + at) : Halves{}));
+  if (const int64_t left = width - at)
+    store(to + at, paired(halves(first + at, left), second ? halves(second + at, left) : Halves{}), left);
 }
 
 // rows [count, width], `row` apart -> for sums over rows: as they are, or pairs [half(count), width], `to_row` apart.
@@ -178,13 +197,25 @@ inline void lay_across(const T* from, int64_t count, int64_t width, int64_t row,
       Pair rounded[W * W];
       for (int64_t r = 0; r < high; r++) {
         const T* start = from + (i + r) * row + 2 * p;
-        Halves halves[2] = {};
-        along(std::min<int64_t>(2 * W, width - 2 * p),
-              [&](int64_t at, auto get, auto) { halves[at / W] = narrow(get(start + at)); });
-        std::memcpy(rounded + r * W, halves, sizeof halves);
+        const int64_t numbers = std::min<int64_t>(2 * W, width - 2 * p);
+        const Halves both[] = {halves(start, std::min<int64_t>(W, numbers)),
+                               numbers > W ? halves(start + W, numbers - W) : Halves{}};
+        std::memcpy(rounded + r * W, both, sizeof both);
       }
       transpose_block(rounded, high, wide, W, to + p * to_row + i, to_row);
     }
+}
+
+// Where a product leaves rows that end in `to`: there if that is fp32, else in `own`, from where `settle` rounds them.
+template <class T>
+inline float* landing(T* to, std::vector<float>& own) {
+  if constexpr (std::is_same_v<T, float>) return to;
+  else return own.data();
+}
+
+template <class T>
+inline void settle(const float* from, int64_t count, T* to) {
+  if constexpr (!std::is_same_v<T, float>) copy(from, count, to);
 }
 
 // Rows of numbers as an operand: as they are, or filled up to pairs with zeros.
@@ -208,8 +239,6 @@ struct Rows {
   void take(const T* rows, int64_t count, int64_t apart) {
     for (int64_t i = 0; i < count; i++) std::memcpy(at(i), rows + i * apart, width * sizeof(T));
   }
-
-  void clear(int64_t first, int64_t last) { std::fill(at(first), at(last), T()); }
 };
 
 // Some rows for sums over them; `memory` holds what has to be made anew.

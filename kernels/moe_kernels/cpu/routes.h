@@ -40,23 +40,6 @@ struct Routes {
   }
 
   int64_t count(int64_t e) const { return ends[e + 1] - ends[e]; }
-
-  int64_t most() const {
-    int64_t found = 0;
-    for (size_t e = 0; e + 1 < ends.size(); e++) found = std::max(found, count(e));
-    return found;
-  }
-};
-
-// Memory of one thread for one expert after the other, taken piece by piece.
-template <class T>
-struct Scratch {
-  std::unique_ptr<T[]> memory;
-  int64_t taken = 0;
-
-  explicit Scratch(int64_t size) : memory(std::make_unique_for_overwrite<T[]>(size)) {}
-
-  T* take(int64_t size) { return memory.get() + std::exchange(taken, taken + size); }
 };
 
 // Every expert once, with what `make` gives each thread; a thread that is done takes the next. What an expert computes

@@ -175,6 +175,14 @@ inline void with_type(const Tensor& tensor, const F& f) {
   tensor.element_size() == sizeof(float) ? f(static_cast<float*>(nullptr)) : f(static_cast<Bits*>(nullptr));
 }
 
+// Runs f with null pointers of the element types of rows and of weights.
+template <class F>
+inline void with_types(const Tensor& rows, const Tensor& weights, const F& f) {
+  with_type(rows, [&](auto* row) { with_type(weights, [&](auto* weight) {
+    if constexpr (sizeof(*row) <= sizeof(*weight)) f(row, weight);
+  }); });
+}
+
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 inline float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
