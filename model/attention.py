@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.context import Context, Rotation
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.rope import rotation_scale, yarn_mscale
 
@@ -26,15 +27,15 @@ class LatentAttention(nn.Module):
         self.heads, self.nope, self.rope = heads, c.qk_nope_head_dim, c.qk_rope_head_dim
         self.latent, self.v_head_dim = c.kv_lora_rank, c.v_head_dim
         if c.q_lora_rank is None:
-            self.q_proj = nn.Linear(c.hidden_size, heads * c.qk_head_dim, bias=False)
+            self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, 1e-6)
-            self.q_b_proj = nn.Linear(c.q_lora_rank, heads * c.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, 1e-6)
-        self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * c.v_head_dim, c.hidden_size, bias=False)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
         self.scale = c.qk_head_dim**-0.5 * yarn_mscale(c.rope_parameters, "mscale_all_dim") ** 2
 
     def forward(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:

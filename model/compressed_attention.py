@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.cache import Cache, Slots
 from model.config import SLIDING, SPARSE, ModelConfig
 from model.context import Context
+from model.linear import Linear
 from model.norm import RMSNorm
 
 SCORES = 1 << 26  # indexer scores by head that exist at the same time
@@ -31,13 +32,13 @@ class CompressedAttention(nn.Module):
         super().__init__()
         c, width = config, config.num_attention_heads * config.head_dim
         self.config, self.rope = config, "main" if kind == SLIDING else "compress"
-        self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
+        self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
         self.q_a_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
-        self.q_b_proj = nn.Linear(c.q_lora_rank, width, bias=False)
-        self.kv_proj = nn.Linear(c.hidden_size, c.head_dim, bias=False)
+        self.q_b_proj = Linear(c.q_lora_rank, width)
+        self.kv_proj = Linear(c.hidden_size, c.head_dim)
         self.kv_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.o_a_proj = nn.Linear(width // c.o_groups, c.o_groups * c.o_lora_rank, bias=False)
-        self.o_b_proj = nn.Linear(c.o_groups * c.o_lora_rank, c.hidden_size, bias=False)
+        self.o_a_proj = Linear(width // c.o_groups, c.o_groups * c.o_lora_rank)
+        self.o_b_proj = Linear(c.o_groups * c.o_lora_rank, c.hidden_size)
         self.sinks = nn.Parameter(torch.zeros(c.num_attention_heads))
         if kind != SLIDING:
             self.compressor = Compressor(c, c.head_dim, c.compress_rates[kind], overlap=kind == SPARSE)
@@ -135,8 +136,8 @@ class Compressor(nn.Module):
         super().__init__()
         channels = width * (2 if overlap else 1)
         self.rate, self.width, self.overlap = rate, width, overlap
-        self.kv_proj = nn.Linear(config.hidden_size, channels, bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.kv_proj = Linear(config.hidden_size, channels)
+        self.gate_proj = Linear(config.hidden_size, channels)
         self.position_bias = nn.Parameter(torch.zeros(rate, channels))
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
@@ -215,8 +216,8 @@ class Indexer(Compressor):
         c = config
         super().__init__(c, c.index_head_dim, c.compress_rates[SPARSE], overlap=True)
         self.heads = c.index_n_heads
-        self.q_b_proj = nn.Linear(c.q_lora_rank, self.heads * self.width, bias=False)
-        self.scorer = nn.ModuleDict({"weights_proj": nn.Linear(c.hidden_size, self.heads, bias=False)})
+        self.q_b_proj = Linear(c.q_lora_rank, self.heads * self.width)
+        self.scorer = nn.ModuleDict({"weights_proj": Linear(c.hidden_size, self.heads)})
 
     def scores(self, x_BSD: Tensor, query_BSR: Tensor, context: Context, layer: str) -> Tensor:
         """Of every entry for every token, [B, S, T] fp32."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from moe_kernels import cross_entropy_with_gradient
+from moe_kernels import cross_entropy_with_gradient, linear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,9 +50,6 @@ def cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tens
 
     The gradients are made chunk by chunk in the forward pass, so logits are computed once and never kept.
     """
-    if torch.is_autocast_enabled(hidden_TD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_TD.device.type)
-        hidden_TD, head_VD = hidden_TD.to(dtype), head_VD.to(dtype)
     return _CrossEntropy.apply(hidden_TD, head_VD, targets_T)
 
 
@@ -61,16 +58,18 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
         count = (targets_T != IGNORED).sum().clamp(min=1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        d_hidden_TD = torch.empty_like(hidden_TD)
-        d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
-        for rows in torch.arange(len(targets_T)).split(CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits_PV = torch.mm(hidden_TD[part], head_VD.t())
-            losses_P, d_logits_PV = cross_entropy_with_gradient(logits_PV, targets_T[part], 1 / count, IGNORED)
+        d_hidden_TD, d_head_VD = torch.empty_like(hidden_TD), torch.zeros_like(head_VD)
+        head_VD = head_VD.detach().requires_grad_()
+        for part_PD, to_PD, target_P in zip(*(x.split(CHUNK) for x in (hidden_TD, d_hidden_TD, targets_T)), strict=True):
+            with torch.enable_grad():
+                part_PD = part_PD.detach().requires_grad_()
+                logits_PV = linear(part_PD, head_VD)
+            losses_P, d_logits_PV = cross_entropy_with_gradient(logits_PV.detach(), target_P, 1 / count, IGNORED)
             loss += losses_P.sum()
-            torch.mm(d_logits_PV, head_VD, out=d_hidden_TD[part])
-            d_head_VD += torch.mm(d_logits_PV.t(), hidden_TD[part])
-        ctx.save_for_backward(d_hidden_TD, d_head_VD.to(head_VD.dtype))
+            d_part_PD, d_part_VD = torch.autograd.grad(logits_PV, (part_PD, head_VD), d_logits_PV)
+            to_PD.copy_(d_part_PD)
+            d_head_VD += d_part_VD
+        ctx.save_for_backward(d_hidden_TD, d_head_VD)
         return loss / count
 
     @staticmethod

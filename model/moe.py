@@ -7,12 +7,13 @@ G groups of experts. DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V4, arXiv 260
 from __future__ import annotations
 
 import torch
-from moe_kernels import decode_experts, experts, swiglu
+from moe_kernels import decode_experts, experts, linear, swiglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.context import Context
+from model.linear import Linear
 from model.precision import full_precision
 
 
@@ -25,9 +26,9 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, width: int, limit: float | None = None) -> None:
         super().__init__()
         self.limit = limit
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         both = [context.linear(x, projection.weight) for projection in (self.gate_proj, self.up_proj)]
@@ -52,7 +53,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """fp32 whatever the autocast: (indices [T, K] int64, weights [T, K], affinities [T, E])."""
         with full_precision(x_TD.device):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = linear(x_TD.float(), self.weight.float())
         scores_TE = F.softplus(logits_TE).sqrt() if self.config.is_v4 else logits_TE.sigmoid()
         indices_TK = self.choose(scores_TE.detach(), ids_T)
         weights_TK = scores_TE.gather(1, indices_TK)

@@ -13,6 +13,7 @@ from model.block import Block
 from model.config import ModelConfig
 from model.context import Context
 from model.hyper_connections import HyperHead
+from model.linear import Linear
 from model.norm import RMSNorm
 
 
@@ -25,10 +26,10 @@ class MultiTokenPrediction(Block):
         self.is_v4 = config.is_v4
         self.enorm, self.hnorm, self.norm = RMSNorm(d, eps), RMSNorm(d, eps), RMSNorm(d, eps)
         if config.is_v4:
-            self.e_proj, self.h_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+            self.e_proj, self.h_proj = Linear(d, d), Linear(d, d)
             self.hc_head = HyperHead(config)
         else:
-            self.eh_proj = nn.Linear(2 * d, d, bias=False)
+            self.eh_proj = Linear(2 * d, d)
 
     def foretell(self, state: Tensor, next_BSD: Tensor, context: Context) -> Tensor:
         """State for the head [B, S, D]. state: the trunk's last, [B, S, D] or [B, S, N, D]; next: next embeddings."""

@@ -18,6 +18,7 @@ from model.cache import Cache, Part
 from model.config import ModelConfig
 from model.context import Context
 from model.hyper_connections import HyperHead
+from model.linear import Linear
 from model.mtp import MultiTokenPrediction
 from model.norm import RMSNorm
 
@@ -65,7 +66,7 @@ class MoETransformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.num_nextn_predict_layers:
             self.mtp = nn.ModuleList([MultiTokenPrediction(config)])
 

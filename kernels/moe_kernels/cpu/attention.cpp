@@ -44,6 +44,7 @@ std::vector<int32_t> first_keys(const Sizes& z, const std::optional<Tensor>& doc
 struct Tile {
   int64_t query, count, begin, seen, columns;
   const int32_t *first, *own;  // the first key of the document of each key from `begin` on, and of each query
+  bool alike;                  // whether these are all the same
 
   Tile(const Sizes& z, const int32_t* all, int64_t query)
       : query(query), count(std::min(z.tile, z.queries - query)), own(all + z.past() + query) {
@@ -51,7 +52,11 @@ struct Tile {
     seen = z.past() + query + count - begin;
     columns = parts(seen, W) * W;
     first = all + begin;
+    alike = std::all_of(first, first + seen, [&](int32_t key) { return key == *own; });
   }
+
+  // Leading columns of which query i sees all, in whole vectors.
+  int64_t plain(int64_t i) const { return alike ? (seen - count + i + 1) / W * W : 0; }
 
   // What query i does not see of W keys.
   auto hidden(int64_t i) const {
@@ -99,11 +104,12 @@ void attend(const Sizes& z, const Tile& tile, const Turned<T>& keys, const Turne
   room.p.reshape(tile.columns);
   tile.times(keys, room.query, room.logits.data());
   for (int64_t i = 0; i < tile.count; i++)
-    log_sums[tile.query + i] = softmax(room.logits.data() + i * tile.columns, tile.columns, scale, HIDDEN,
-                                       tile.hidden(i), room.p.at(i));
+    std::tie(log_sums[tile.query + i], room.shares[i]) =
+        softmax(room.logits.data() + i * tile.columns, tile.columns, tile.plain(i), scale, HIDDEN, tile.hidden(i),
+                room.p.at(i));
   tile.weigh(values, room.p, room.result.data());
   for (int64_t i = 0; i < tile.count; i++)
-    copy(room.result.data() + i * z.values, z.values, out + (tile.query + i) * z.heads * z.values);
+    times(room.result.data() + i * z.values, z.values, room.shares[i], out + (tile.query + i) * z.heads * z.values);
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
@@ -121,8 +127,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
       Room<T> room(z.tile, parts(z.keys + 1, W) * W, z.width, z.values, false);
       for (int64_t unit = begin; unit < end; unit++) {
         const Head own(z, unit);
-        const Turned<T> keys(from(k) + own.at(z, z.keys, z.width), z.keys, z.width, z.heads * z.width);
-        const Turned<T> values(from(v) + own.at(z, z.keys, z.values), z.keys, z.values, z.heads * z.values);
+        const Turned<T> keys(from(k) + own.at(z, z.keys, z.width), z.keys, z.width, z.heads * z.width, ACROSS);
+        const Turned<T> values(from(v) + own.at(z, z.keys, z.values), z.keys, z.values, z.heads * z.values, DOWN);
         for (int64_t query = 0; query < z.queries; query += z.tile)
           attend(z, Tile(z, first.data() + own.row * z.keys, query), keys, values,
                  from(q) + own.at(z, z.queries, z.width), scale, room, to + own.at(z, z.queries, z.values),
@@ -143,7 +149,7 @@ void attend_backward(const Sizes& z, const Tile& tile, const Turned<T>& keys, co
   tile.times(values, room.grad, room.d_logits.data());
   for (int64_t i = 0; i < tile.count; i++)
     softmax_backward(room.logits.data() + i * tile.columns, room.d_logits.data() + i * tile.columns, tile.columns,
-                     scale, log_sums[tile.query + i], tile.hidden(i), room.p.at(i), room.d_p.at(i));
+                     tile.plain(i), scale, log_sums[tile.query + i], tile.hidden(i), room.p.at(i), room.d_p.at(i));
   tile.weigh(keys, room.d_p, room.result.data());
   for (int64_t i = 0; i < tile.count; i++)
     copy(room.result.data() + i * z.width, z.width, d_q + (tile.query + i) * z.heads * z.width);
@@ -170,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
         const int64_t key = own.at(z, z.keys, z.width), value = own.at(z, z.keys, z.values);
         const int64_t query_at = own.at(z, z.queries, z.width), out_at = own.at(z, z.queries, z.values);
         const Turned<T> keys(from(k) + key, z.keys, z.width, z.heads * z.width);
-        const Turned<T> values(from(v) + value, z.keys, z.values, z.heads * z.values);
+        const Turned<T> values(from(v) + value, z.keys, z.values, z.heads * z.values, ACROSS);
         std::vector<float> to_keys(z.keys * z.width), to_values(z.keys * z.values);
         for (int64_t query = 0; query < z.queries; query += z.tile)
           attend_backward(z, Tile(z, first.data() + own.row * z.keys, query), keys, values, from(d_out) + out_at,

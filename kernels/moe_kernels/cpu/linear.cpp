@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 48, PANEL = COLUMNS * W, SUMMED = 256, OUTPUTS = 66, NEAR = 1024;
+constexpr int64_t ROWS = 48, PANEL = COLUMNS * W, SUMMED = 512, OUTPUTS = 66, NEAR = 1024;
 
 // A matrix [inner, columns] in panels of PANEL columns.
 template <class E>

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int COLUMNS = BYTES == 32 ? 2 : 4;  // vectors of a tile; AVX2 has half the registers
 constexpr int HEIGHT = 6;                      // rows of a tile
+constexpr int LONG = 64;                       // inner steps from which a tile's results are worth fetching beforehand
 
 using Pair = uint32_t;
 
@@ -64,7 +65,7 @@ inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const
   V total[HEIGHT][VECTORS] = {};
   const E* from[HEIGHT];
   for (int i = 0; i < HEIGHT; i++) from[i] = a.data + std::min<int64_t>(i, rows - 1) * a.row;
-  for (int64_t i = 0; i < std::min<int64_t>(rows, HEIGHT); i++)
+  for (int64_t i = 0; i < (inner < LONG ? 0 : std::min<int64_t>(rows, HEIGHT)); i++)
     for (int k = 0; k < VECTORS; k++) __builtin_prefetch(c + i * c_row + k * W, 1);
   for (int64_t p = 0; p < inner; p++) {
     decltype(get(b)) right[VECTORS];

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -110,10 +110,40 @@ inline float sum(V v) {
   return part[0];
 }
 
+inline V least(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline V most(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// x 2^n of a whole n, which is what is left when `round` is taken from `shifted`.
+inline V scaled(V x, V n, V shifted) {
+#if defined(__AVX512F__)
+  return (V)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  I bits, power;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  power = (bits - 0x4B400000 + 127) << 23;
+  V scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x * scale;
+#endif
+}
+
 // exp within 2 units in the last place: 2^n times the series of a remainder in [-ln 2 / 2, ln 2 / 2]; 0 below -87.
 inline V exp(V x) {
   const V low = splat(-87.0f), high = splat(88.0f), round = splat(12582912.0f);  // 1.5 * 2^23
-  const V clipped = x > high ? high : (x < low ? low : x);
+  const V clipped = most(least(high, x), low);
   const V shifted = clipped * 1.44269504f + round;
   const V n = shifted - round;
   const V r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -125,12 +155,7 @@ inline V exp(V x) {
   series = series * r + 0.5f;
   series = series * r + 1.0f;
   series = series * r + 1.0f;
-  I bits, power;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  power = (bits - 0x4B400000 + 127) << 23;
-  V scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return x < low ? V{} : series * scale;
+  return x < low ? V{} : scaled(series, n, shifted);
 }
 
 inline V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }

@@ -148,12 +148,12 @@ void tiles(const Sizes& z, int64_t begin, int64_t end, int64_t first_key, const 
 
 // Attention that each entry got from each token of the tile, over its heads.
 template <class T>
-void add_mass(const Sizes& z, const Tile& tile, Rows<T>& p, float* mass) {
+void add_mass(const Sizes& z, const Tile& tile, Rows<T>& p, const float* shares, float* mass) {
   for (const Run& run : tile.runs)
     for (int64_t r = 0; r < (run.near ? 0 : tile.rows); r++) {
       float* to = mass + (tile.token + r / z.heads) * z.entries + run.first;
       const T* from = p.at(r) + run.column;
-      along(run.count, [&](int64_t k, auto get, auto put) { put(to + k, get(to + k) + get(from + k)); });
+      along(run.count, [&](int64_t k, auto get, auto put) { put(to + k, get(to + k) + shares[r] * get(from + k)); });
     }
 }
 
@@ -165,11 +165,13 @@ void attend(const Sizes& z, const Tile& tile, const Keys<T>& keys, const T* q, c
   room.p.reshape(tile.columns);
   tile.times_keys(z, keys, room.query, room.logits.data());
   for (int64_t r = 0; r < tile.rows; r++)
-    log_sums[row + r] = softmax(room.logits.data() + r * tile.columns, tile.columns, z.scale(), sinks[r % z.heads],
-                                tile.hidden(r / z.heads), room.p.at(r));
+    std::tie(log_sums[row + r], room.shares[r]) =
+        softmax(room.logits.data() + r * tile.columns, tile.columns, 0, z.scale(), sinks[r % z.heads],
+                tile.hidden(r / z.heads), room.p.at(r));
   tile.times_values(z, keys, room.p, room.result.data());
-  copy(room.result.data(), tile.rows * z.width, out + row * z.width);
-  add_mass(z, tile, room.p, mass);
+  for (int64_t r = 0; r < tile.rows; r++)
+    times(room.result.data() + r * z.width, z.width, room.shares[r], out + (row + r) * z.width);
+  add_mass(z, tile, room.p, room.shares.data(), mass);
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_attention(const Tensor& q, const Tensor& kv, const Tensor& entries,
@@ -220,7 +222,7 @@ void attend_backward(const Sizes& z, const Tile& tile, const Keys<T>& keys, cons
   tile.times_keys(z, keys, room.query, room.logits.data());
   tile.times_keys(z, keys, room.grad, room.d_logits.data());
   for (int64_t r = 0; r < tile.rows; r++) {
-    const float mean = softmax_backward(room.logits.data() + r * columns, room.d_logits.data() + r * columns, columns,
+    const float mean = softmax_backward(room.logits.data() + r * columns, room.d_logits.data() + r * columns, columns, 0,
                                         z.scale(), log_sums[row + r], tile.hidden(r / z.heads), room.p.at(r),
                                         room.d_p.at(r));
     added.sinks[r % z.heads] -= exp(splat(sinks[r % z.heads] - log_sums[row + r]))[0] * mean;
