@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.context import Context, Rotation
 from model.linear import Linear
 from model.norm import RMSNorm
+from model.precision import rounded
 from model.rope import rotation_scale, yarn_mscale
 
 
@@ -42,7 +43,7 @@ class LatentAttention(nn.Module):
         """[B, S, D] -> [B, S, D]."""
         if context.decoding:
             return context.by_part(lambda part_BSD, part: self._decode(part_BSD, part, layer), x_BSD)
-        turn = context.rotation()
+        turn, x_BSD = context.rotation(), rounded(x_BSD)
         q_BSHQ = self._queries(x_BSD, turn)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent, self.rope], dim=-1)
         kept_BSX = torch.cat([self.kv_a_layernorm(latent_BSC), rotate(key_BSR.unsqueeze(2), *turn).squeeze(2)], dim=-1)

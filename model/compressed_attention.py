@@ -12,14 +12,23 @@ J indexer heads, M tokens a block, C channels of an entry times 1 (HCA) or 2 (CS
 from __future__ import annotations
 
 import torch
-from moe_kernels import cached_window_attention, decode_compressed_attention, rms_norm, rotate, window_attention
+from moe_kernels import (
+    cached_window_attention,
+    decode_compressed_attention,
+    linear,
+    rms_norm,
+    rotate,
+    window_attention,
+)
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.cache import Cache, Slots
 from model.config import SLIDING, SPARSE, ModelConfig
 from model.context import Context
 from model.linear import Linear
 from model.norm import RMSNorm
+from model.precision import rounded
 
 SCORES = 1 << 26  # indexer scores by head that exist at the same time
 HIDDEN = -1e30  # the score of an entry that a query does not see
@@ -50,6 +59,7 @@ class CompressedAttention(nn.Module):
         if context.decoding:
             return context.by_part(lambda part_BSD, part: self._decode(part_BSD, part, layer), x_BSD)
         c, turn = self.config, context.rotation(self.rope)
+        x_BSD = rounded(x_BSD)
         query_BSR = self.q_a_norm(self.q_a_proj(x_BSD))
         q_BSHD = self.q_b_proj(query_BSR).unflatten(-1, (c.num_attention_heads, c.head_dim))
         q_BSHD = rotate(rms_norm(q_BSHD, None, c.rms_norm_eps), *turn)
@@ -120,9 +130,8 @@ class CompressedAttention(nn.Module):
     def _grouped(self, out_BSX: Tensor) -> Tensor:
         """Each group of heads through a matrix of its own: [B, S, H D] -> [B, S, G o_lora_rank]."""
         groups = self.config.o_groups
-        x_GTX = out_BSX.flatten(0, 1).unflatten(-1, (groups, -1)).transpose(0, 1)
-        weight_GLX = self.o_a_proj.weight.unflatten(0, (groups, -1))
-        return torch.bmm(x_GTX, weight_GLX.mT).transpose(0, 1).flatten(1).view(*out_BSX.shape[:2], -1)
+        pairs = zip(out_BSX.chunk(groups, dim=-1), self.o_a_proj.weight.chunk(groups), strict=True)
+        return torch.cat([linear(part_BSx, weight_LX) for part_BSx, weight_LX in pairs], dim=-1)
 
 
 class Compressor(nn.Module):
@@ -179,10 +188,11 @@ class Compressor(nn.Module):
 
     def _block(self, tokens_BSC: Tensor, first_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(values, gates) of M tokens from each index on, [B, T, M, C]."""
+        rows, length = tokens_BSC.shape[:2]
         index_BTM = first_BT[..., None] + torch.arange(self.rate, device=first_BT.device)
-        index_BX1 = index_BTM.flatten(1).clamp(max=tokens_BSC.shape[1] - 1).unsqueeze(-1)
-        block_BXC = tokens_BSC.gather(1, index_BX1.expand(-1, -1, tokens_BSC.shape[-1]))
-        return block_BXC.unflatten(1, (-1, self.rate)).chunk(2, dim=-1)
+        row_B11 = torch.arange(rows, device=first_BT.device)[:, None, None]
+        place_BTM = index_BTM.clamp(max=length - 1) + row_B11 * length
+        return F.embedding(place_BTM, tokens_BSC.flatten(0, 1)).chunk(2, dim=-1)
 
     def _continue(self, tokens_BSC: Tensor, context: Context, layer: str) -> tuple[Tensor, Tensor]:
         """The entries of a cache, those that the new tokens complete included."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from model.config import ModelConfig
 from model.context import Context
 from model.linear import Linear
-from model.precision import full_precision
+from model.precision import full_precision, rounded
 
 
 class SwiGLU(nn.Module):
@@ -31,6 +31,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = rounded(x)
         both = [context.linear(x, projection.weight) for projection in (self.gate_proj, self.up_proj)]
         return context.linear(swiglu(torch.cat(both, dim=-1), self.limit), self.down_proj.weight)
 
@@ -131,8 +132,9 @@ class MixtureOfExperts(nn.Module):
         indices_TK, weights_TK, scores_TE = self.gate(x_TD, context.input_ids.flatten())
         if context.cache is None:
             self._note(indices_TK, scores_TE, context)
+        x_TD = rounded(x_TD)
         routed_TD = experts(x_TD, indices_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
-        return self.shared_experts(x_BSD, context) + routed_TD.view_as(x_BSD)
+        return (self.shared_experts(x_TD, context) + routed_TD).view_as(x_BSD)
 
     def _decode(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         c, gate, shared = self.gate.config, self.gate, self.shared_experts

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from moe_kernels.reference.experts import in_autocast_dtype
+from torch import Tensor
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -17,3 +19,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast inside: router scores and hyper-connections are fp32 always."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """`x` in the dtype of autocast where that is on: once, for all that multiply it."""
+    return in_autocast_dtype(x)[0]

@@ -311,6 +311,13 @@ def _plain(call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _linear() -> list[Case]:
+    shapes = {"one row": (1, 8, 6), "70 rows, 24 to 40": (70, 24, 40), "33 rows, 7 to 5": (33, 7, 5)}
+    wide = random(2, 20, 64), random(1100, 64) * 0.1
+    narrow = [Case(name, moe_kernels.linear, [random(t, d), random(o, d)]) for name, (t, d, o) in shapes.items()]
+    return [*narrow, Case("2 by 20 rows, 64 to 1,100", moe_kernels.linear, [*wide])]
+
+
 def _skinny_linear() -> list[Case]:
     shapes = ((1, 64, 33), (2, 20, 7), (3, 17, 40), (18, 256, 130))
     call = _plain(moe_kernels.skinny_linear)
@@ -428,6 +435,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "hyper_head": _hyper_head,
     "hyper_read": _hyper_read,
     "hyper_write": _hyper_write,
+    "linear": _linear,
     "newton_schulz": _newton_schulz,
     "permute": _permute,
     "rms_norm": _rms_norm,

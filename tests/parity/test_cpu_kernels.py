@@ -225,6 +225,40 @@ def test_an_expert_that_does_not_exist_is_refused() -> None:
         moe_kernels.experts(x, chosen + 2, *others)
 
 
+LAYERS = [(1, 8, 6), (32, 1, 1), (33, 7, 5), (64, 24, 40), (700, 66, 100), (530, 1100, 70), (50, 48, 1200), (0, 4, 6)]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, inputs, outputs = shape
+    weight = random(outputs, inputs, dtype=dtype) * inputs**-0.5
+    same("linear", F.linear, [random(rows, inputs, dtype=dtype), weight])
+    same("linear", F.linear, [random(3, inputs, rows, dtype=dtype).mT, weight])
+
+
+def test_linear_under_autocast_takes_fp32_weights_and_gives_fp32_gradients() -> None:
+    def ours(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return moe_kernels.linear(*inputs)
+
+    for rows in (5, 90):
+        inputs = [random(rows, 64), random(48, 64) / 8]
+        mine, theirs = outputs_and_gradients(ours, inputs), outputs_and_gradients(F.linear, inputs, FP64)
+        assert [tensor.dtype for tensor in mine] == [BF16, FP32, FP32]
+        assert max(distance(a, b) for a, b in zip(mine, theirs, strict=True)) <= TOLERANCE[BF16]
+
+
+def test_linear_computes_the_gradients_that_are_wanted() -> None:
+    x, weight = random(40, 6), random(8, 6)
+    for wanted in ((True, False), (False, True)):
+        leaves = [value.clone().requires_grad_(want) for value, want in zip((x, weight), wanted, strict=True)]
+        moe_kernels.linear(*leaves).sum().backward()
+        assert tuple(leaf.grad is not None for leaf in leaves) == wanted
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        moe_kernels.linear(x, random(8, 7))
+
+
 @DTYPES
 @pytest.mark.parametrize("limit", [None, 0.7])
 @pytest.mark.parametrize("shape", [(1, 24), (9, 2, 38), (0, 6), (300, 512)], ids=str)
@@ -343,6 +377,7 @@ CASES = {
     "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
     "hyper_read": read_inputs(900, 4, 48),
     "hyper_write": write_inputs(900, 4, 48),
+    "linear": [random(1100, 48), random(70, 48)],
     "rms_norm": [random(900, 48), random(48), 1e-6],
     "rotate": [*rotate_inputs(), True],
     "swiglu": [random(900, 48), 0.5],

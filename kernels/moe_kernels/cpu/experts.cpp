@@ -105,9 +105,9 @@ void backward_block(const Sizes& z, const Routes& routes, BackwardRoom<T>& room,
     const int64_t pair = routes.pairs[row + i];
     const T *gate = kept + (row + i) * 2 * z.inner, *up = gate + z.inner;
     T* d_gate = room.both.at(first + i);
-    swiglu_row(gate, up, z.inner, limit, weights[pair], room.hidden.at(first + i));
-    d_weights[pair] = swiglu_row_backward<true>(gate, up, room.d_hidden.data() + i * z.inner, z.inner, limit,
-                                                weights[pair], d_gate, d_gate + z.inner);
+    d_weights[pair] =
+        swiglu_row_backward<true>(gate, up, room.d_hidden.data() + i * z.inner, z.inner, limit, weights[pair], d_gate,
+                                  d_gate + z.inner, room.hidden.at(first + i));
   }
   multiply(count, z.width, room.both.row, room.both.from(first), room.gate_up.data(), z.width, d_rows + row * z.width,
            z.width, false);

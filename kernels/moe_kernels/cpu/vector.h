@@ -110,6 +110,7 @@ inline float sum(V v) {
   return part[0];
 }
 
+// The lesser and the greater; b where one is no number.
 inline V least(V a, V b) {
 #if defined(__AVX512F__)
   return (V)_mm512_min_ps((__m512)a, (__m512)b);
@@ -143,7 +144,7 @@ inline V scaled(V x, V n, V shifted) {
 // exp within 2 units in the last place: 2^n times the series of a remainder in [-ln 2 / 2, ln 2 / 2]; 0 below -87.
 inline V exp(V x) {
   const V low = splat(-87.0f), high = splat(88.0f), round = splat(12582912.0f);  // 1.5 * 2^23
-  const V clipped = most(least(high, x), low);
+  const V clipped = most(low, least(high, x));
   const V shifted = clipped * 1.44269504f + round;
   const V n = shifted - round;
   const V r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
