@@ -15,14 +15,14 @@
 
 namespace {
 
-constexpr int64_t TILE_ROWS = 6 * HEIGHT, TILE_LOGITS = 1 << 15;
+constexpr int64_t TILE_ROWS = parts(36, STEP) * STEP, TILE_LOGITS = 1 << 15;
 
 struct Sizes {
   int64_t rows, queries, keys, heads, width, values, tile;
 
   Sizes(const Tensor& q, const Tensor& k, const Tensor& v)
       : rows(q.size(0)), queries(q.size(1)), keys(k.size(1)), heads(q.size(2)), width(q.size(3)), values(v.size(3)),
-        tile(std::clamp(TILE_LOGITS / std::max<int64_t>(keys, 1) / HEIGHT * HEIGHT, int64_t(HEIGHT), TILE_ROWS)) {}
+        tile(std::clamp(TILE_LOGITS / std::max<int64_t>(keys, 1) / STEP * STEP, STEP, TILE_ROWS)) {}
 
   int64_t past() const { return keys - queries; }
 };

@@ -72,7 +72,7 @@ Matrix<Element<T>> turned(const T* grad, int64_t count, int64_t width, int64_t r
 // to [outputs, inputs] = grad^T x, over all rows.
 template <class T, class U>
 void sum_rows(const T* grad, int64_t count, int64_t outputs, const Panels<Element<T>>& x, U* to) {
-  const int64_t most = parts(parts(outputs, parts(outputs, OUTPUTS)), HEIGHT) * HEIGHT, row = apart(most);
+  const int64_t most = parts(parts(outputs, parts(outputs, OUTPUTS)), STEP) * STEP, row = apart(most);
   constexpr bool there = std::is_same_v<U, float>;
   torch::stable::parallel_for(0, parts(outputs, most), 1, [&](int64_t first, int64_t last) {
     Tiles tiles;

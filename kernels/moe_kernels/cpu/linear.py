@@ -1,4 +1,6 @@
-"""A linear layer on many rows; `linear.cpp` has the passes and their cost. Few rows are PyTorch's.
+"""A linear layer on many rows; `linear.cpp` has the passes and their cost.
+
+Few rows are PyTorch's, and so is bfloat16 where a matrix unit (AMX) multiplies it.
 
 Shapes: T rows, D inputs, O outputs.
 """
@@ -15,6 +17,7 @@ from moe_kernels.reference import linear as reference
 from moe_kernels.reference.experts import in_autocast_dtype
 
 FEWEST = 32  # rows; laying out the weights costs as much as a product of some rows more
+AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
@@ -23,13 +26,20 @@ def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     fp32 weights stay what they are beside rows in bfloat16: they are rounded where they are laid out.
     """
     (rows,) = in_autocast_dtype(x)
-    pairs = rows.dtype is torch.float32 or weight_OD.shape[0] % 2 == weight_OD.shape[1] % 2 == 0
-    many = x.numel() >= FEWEST * x.shape[-1] > 0 and weight_OD.numel() > 0
-    fits = rows.dtype in FLOATS and all_are(weight_OD.dtype, weight_OD) and weight_OD.dtype in (rows.dtype, torch.float32)
-    if not (fits and pairs and many) or x.shape[-1] != weight_OD.shape[1]:
+    if not _fit(rows, weight_OD):
         return reference.linear(x, weight_OD)
     y_TO = torch.ops.moe_kernels_cpu.linear(rows.flatten(0, -2).contiguous(), weight_OD.contiguous())
     return y_TO.unflatten(0, x.shape[:-1])
+
+
+def _fit(x: Tensor, weight_OD: Tensor) -> bool:
+    """Many rows of a known type; bfloat16 is multiplied in pairs."""
+    outputs, inputs = weight_OD.shape
+    if x.dtype not in FLOATS or weight_OD.dtype not in (x.dtype, torch.float32) or x.shape[-1] != inputs:
+        return False
+    if x.dtype is torch.bfloat16 and (AMX or outputs % 2 or inputs % 2):
+        return False
+    return all_are(weight_OD.dtype, weight_OD) and x.numel() >= FEWEST * inputs and weight_OD.numel() > 0
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

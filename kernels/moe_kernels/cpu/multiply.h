@@ -1,7 +1,8 @@
-// Small matrix products for operands that lie in a cache already: C = A B or C += A B, C in fp32.
+// Small matrix products for operands that lie in a cache already: C = A B or C += A B.
 //
 // A and B are fp32, or pairs: two bfloat16 numbers that follow each other along the inner dimension, in one word. A
 // pair of A meets pairs of B in one instruction of AVX512-BF16, at twice the speed of fp32; other processors widen them.
+// C is fp32, or bfloat16 that is rounded from fp32 once.
 //
 // Register tiles of HEIGHT rows and up to COLUMNS vectors: for each inner step COLUMNS loads and HEIGHT broadcasts feed
 // HEIGHT * COLUMNS multiply-adds, so the arithmetic units are the limit (231 of 237 GFLOP/s in bfloat16 from 32 rows
@@ -24,8 +25,13 @@ void brgemm_release(bool);
 namespace {
 
 constexpr int COLUMNS = BYTES == 32 ? 2 : 4;  // vectors of a tile; AVX2 has half the registers
-constexpr int HEIGHT = 6;                      // rows of a tile
-constexpr int LONG = 64;                       // inner steps from which a tile's results are worth fetching beforehand
+constexpr int HEIGHT = 6;                     // rows of a tile
+constexpr int LONG = 64;                      // inner steps from which fetching a tile's results beforehand pays
+#if defined(__AMX_BF16__)
+constexpr int64_t STEP = 16;  // what rows should be a multiple of: oneDNN makes new code for every number of them
+#else
+constexpr int64_t STEP = HEIGHT;
+#endif
 
 using Pair = uint32_t;
 
@@ -119,8 +125,7 @@ template <class C>
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<Pair>& a, const Pair* b, int64_t b_row,
                      C* c, int64_t c_row, bool add) {
 #if defined(__AMX_BF16__)
-  constexpr int64_t multiple = 16;  // of the rows: oneDNN makes new code for every number of them
-  const int64_t all = parts(rows, multiple) * multiple;
+  const int64_t all = parts(rows, STEP) * STEP;
   const bool as_it_is = a.column == 1 && all == rows, there = std::is_same_v<C, float> && all == rows;
   std::vector<Pair> turned(as_it_is ? 0 : all * inner);
   for (int64_t i = 0; i < (as_it_is ? 0 : rows); i++)

@@ -213,6 +213,6 @@ inline const float* floats(const Tensor& tensor) { return static_cast<const floa
 
 inline float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-inline int64_t parts(int64_t length, int64_t part) { return (length + part - 1) / part; }
+constexpr int64_t parts(int64_t length, int64_t part) { return (length + part - 1) / part; }
 
 }  // namespace
