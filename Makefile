@@ -54,7 +54,8 @@ bench: .venv-bench/installed ## every target against its peers, about 20 minutes
 bench-quick: .venv-bench/installed ## the same in three minutes: smaller shapes, fewer peers, nothing written
 	@.venv-bench/bin/python kernels/bench/run.py --quick
 
-# Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt.
+# Installation: torch first, so that nothing else chooses its build; then the rest against constraints.txt, and beside it
+# the kernels of the CPU are compiled, for which their first use would else wait.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"; exit 2; }
 	@echo "install    .venv with $$($(PYTHON) --version)"
@@ -72,6 +73,7 @@ endef
 	@touch $@
 
 .venv/installed-core: .venv/installed-torch pyproject.toml constraints.txt
+	@PYTHONPATH=kernels nice $(BIN)/python -c 'from moe_kernels.cpu import library; library.load()' >>$(LOG) 2>&1 &
 	$(call install,pipeline: DVC MLflow Great Expectations transformers,-c constraints.txt -e .)
 	@touch $@
 
