@@ -60,7 +60,8 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden_TD, d_head_VD = torch.empty_like(hidden_TD), torch.zeros_like(head_VD)
         head_VD = head_VD.detach().requires_grad_()
-        for part_PD, to_PD, target_P in zip(*(x.split(CHUNK) for x in (hidden_TD, d_hidden_TD, targets_T)), strict=True):
+        chunks = (x.split(CHUNK) for x in (hidden_TD, d_hidden_TD, targets_T))
+        for part_PD, to_PD, target_P in zip(*chunks, strict=True):
             with torch.enable_grad():
                 part_PD = part_PD.detach().requires_grad_()
                 logits_PV = linear(part_PD, head_VD)

@@ -7,7 +7,7 @@ Shapes: B rows, S tokens, D hidden size, N residual streams (V4).
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.block import Block
 from model.config import ModelConfig
