@@ -4,9 +4,9 @@
 //
 // A counting sort gives each expert its rows. An expert is the unit of work of a thread: it gathers its rows,
 // multiplies them, applies the activation in fp32 with the mixing weight folded in, multiplies again; each token then
-// sums its K rows in order. Cost: 6 D F FLOP a row forwards and 12 D F backwards in the products, the limit for M of 100
-// and more where weights stay in a cache; they come from memory twice and their gradients go there once. The rest is
-// 2 D + 3 F numbers a row each way.
+// sums its K rows in order. Cost: 6 D F FLOP a row forwards and 12 D F backwards in the products, the limit for M of
+// 100 and more where weights stay in a cache; they come from memory twice and their gradients go there once. The rest
+// is 2 D + 3 F numbers a row each way.
 //
 // BLOCK rows at a time go through all products of a pass, so that what lies between them (150 kB in bfloat16 at D 256,
 // F 128) stays in the second cache beside the weights (200 kB). For rows in bfloat16 an expert rounds and pairs its

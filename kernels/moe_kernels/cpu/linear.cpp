@@ -2,10 +2,10 @@
 //
 // Shapes: T rows, D inputs, O outputs.
 //
-// The weights are laid out once a call in panels, as the register tiles of multiply.h read them: O D numbers for
-// 2 T D O FLOP. Then ROWS rows meet one panel after the other, all in the second cache. Rows in bfloat16 take fp32 weights as
-// they are, so no copy in bfloat16 is made of those or of their gradient. That sums SUMMED rows at a time; what is read
-// in place there are fp32 rows of up to NEAR numbers, beyond which they would share few places in a cache.
+// The weights are laid out once a call in panels, as the register tiles of multiply.h read them: O D numbers for 2 T D
+// O FLOP. Then ROWS rows meet one panel after the other, all in the second cache. Rows in bfloat16 take fp32 weights
+// as they are, so no copy in bfloat16 is made of those or of their gradient. That sums SUMMED rows at a time; what is
+// read in place there are fp32 rows of up to NEAR numbers, beyond which they would share few places in a cache.
 #include "multiply.h"
 
 namespace {

@@ -1,7 +1,8 @@
 // Small matrix products for operands that lie in a cache already: C = A B or C += A B.
 //
-// A and B are fp32, or pairs: two bfloat16 numbers that follow each other along the inner dimension, in one word. A pair
-// of A meets pairs of B in one instruction of AVX512-BF16, at twice the speed of fp32; other processors widen them. C is fp32, or bfloat16 that is rounded from fp32 once.
+// A and B are fp32, or pairs: two bfloat16 numbers that follow each other along the inner dimension, in one word. A
+// pair of A meets pairs of B in one instruction of AVX512-BF16, at twice the speed of fp32; other processors widen
+// them. C is fp32, or bfloat16 that is rounded from fp32 once.
 //
 // Register tiles of HEIGHT rows and up to COLUMNS vectors: for each inner step COLUMNS loads and HEIGHT broadcasts feed
 // HEIGHT * COLUMNS multiply-adds, so the arithmetic units are the limit (231 of 237 GFLOP/s in bfloat16 from 32 rows
