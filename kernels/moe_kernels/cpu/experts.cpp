@@ -11,7 +11,7 @@
 // BLOCK rows at a time go through all products of a pass, so that what lies between them (150 kB in bfloat16 at D 256,
 // F 128) stays in the second cache beside the weights (200 kB). For rows in bfloat16 an expert rounds and pairs its
 // weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a weight and step where copies in bfloat16
-// would take 18. Sums over rows, which are the weights' gradients, leave in fp32 as they are, `part` rows at a time or
+// would take 18. Sums over rows, which are the weights' gradients, leave in fp32 as they are, PART rows at a time or
 // fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and inputs are gathered again.
 #include "multiply.h"
 #include "routes.h"
