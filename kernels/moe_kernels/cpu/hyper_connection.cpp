@@ -9,7 +9,7 @@
 // Of the forward pass are kept only the projection [T, P] and the root mean square's inverse [T]. Tokens are cut into
 // at most 32 groups by their number alone; gradients of the maps are summed inside of a group in the order of tokens,
 // then over groups in order, so they do not depend on threads.
-#include "multiply.h"
+#include "rows.h"
 #include "sinkhorn.h"
 
 namespace {
@@ -31,24 +31,15 @@ struct Maps {
 
 // projection[t][p] = fn[p] . x[t] / rms(x[t]); inverse_rms[t].
 void project(const Maps& m, const float* x, int64_t tokens, float norm_eps, float* projection, float* inverse_rms) {
-  for (int64_t t = 0; t < tokens; t += TILE) {
-    const float* rows[TILE];
-    for (int i = 0; i < TILE; i++) rows[i] = x + std::min(t + i, tokens - 1) * m.channels;
-    const int64_t real = std::min<int64_t>(TILE, tokens - t);
-    for (int64_t i = 0; i < real; i++) {
-      V squares{};
-      along(m.channels, [&](int64_t at, auto get, auto) { V v = get(rows[i] + at); squares += v * v; });
-      inverse_rms[t + i] = 1.0f / __builtin_sqrtf(sum(squares) / m.channels + norm_eps);
-    }
-    for (int64_t p = 0; p < m.count; p += TILE) {
-      const float* maps[TILE];
-      float found[TILE][TILE];
-      for (int i = 0; i < TILE; i++) maps[i] = m.fn + std::min(p + i, m.count - 1) * m.channels;
-      dots(rows, maps, m.channels, found);
-      for (int64_t i = 0; i < real; i++)
-        for (int64_t j = 0; j < std::min<int64_t>(TILE, m.count - p); j++)
-          projection[(t + i) * m.count + p + j] = found[i][j] * inverse_rms[t + i];
-    }
+  many(tokens, {x, m.channels}, {m.fn, m.channels}, m.channels, 0, m.count, projection, m.count);
+  for (int64_t t = 0; t < tokens; t++) {
+    V squares{};
+    along(m.channels, [&](int64_t at, auto get, auto) {
+      const V v = get(x + t * m.channels + at);
+      squares += v * v;
+    });
+    inverse_rms[t] = 1.0f / __builtin_sqrtf(sum(squares) / m.channels + norm_eps);
+    for (int64_t p = 0; p < m.count; p++) projection[t * m.count + p] *= inverse_rms[t];
   }
 }
 

@@ -171,22 +171,6 @@ inline void along(int64_t length, const Step& step) {
     step(at, [left](const auto* p) { return load(p, left); }, [left](auto* p, auto v) { store(p, v, left); });
 }
 
-// Dot products of TILE rows with TILE rows.
-inline void dots(const float* const a[TILE], const float* const b[TILE], int64_t length, float out[TILE][TILE]) {
-  V total[TILE][TILE] = {};
-  along(length, [&](int64_t at, auto get, auto) {
-    V left[TILE], right[TILE];
-#pragma GCC unroll 4
-    for (int i = 0; i < TILE; i++) left[i] = get(a[i] + at), right[i] = get(b[i] + at);
-#pragma GCC unroll 4
-    for (int i = 0; i < TILE; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < TILE; j++) total[i][j] += left[i] * right[j];
-  });
-  for (int i = 0; i < TILE; i++)
-    for (int j = 0; j < TILE; j++) out[i][j] = sum(total[i][j]);
-}
-
 template <class From, class To>
 inline void copy(const From* from, int64_t count, To* to) {
   if constexpr (std::is_same_v<From, To>)
