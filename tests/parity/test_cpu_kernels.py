@@ -367,6 +367,19 @@ def test_newton_schulz_is_what_torch_library_expects() -> None:
     torch.library.opcheck(torch.ops.moe_kernels_cpu.newton_schulz.default, (random(2, 6, 9), [2.0, -1.5, 0.5], 1e-15))
 
 
+@DTYPES
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    broken = random(40, 48, dtype=dtype)
+    broken[3, 5] = torch.nan
+    for limit in (None, 0.5):
+        assert moe_kernels.swiglu(broken, limit).isnan().nonzero().tolist() == [[3, 5]]
+    assert moe_kernels.linear(broken, random(6, 48, dtype=dtype)).isnan().any(dim=1).nonzero().tolist() == [[3]]
+    q, k, v, *others = causal_inputs(1, 9, 9, 1, 24, 16)
+    k[0, 4] = torch.nan
+    out = moe_kernels.attention(*(tensor.to(dtype) for tensor in (q, k, v)), others[0], None)
+    assert out[0, 4:].isnan().all()
+
+
 def rotate_inputs() -> list[Any]:
     return [random(2, 90, 3, 24), *angles(2, 90, 8)]
 

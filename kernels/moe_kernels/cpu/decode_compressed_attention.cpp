@@ -91,12 +91,18 @@ struct Known {
 
 constexpr int ASKED = 8;  // indexer heads at a time
 
-// Up to W keys of `width` numbers to vectors of one number each, a key a lane.
-void turn_over(const float* keys, int64_t count, int64_t width, V* across) {
-  for (int64_t c = 0; c < width; c += W) {
-    for (int i = 0; i < W; i++) across[c + i] = load(keys + std::min<int64_t>(i, count - 1) * width + c, width - c);
-    transpose(across + c);
+// Keys of `width` numbers, W at a time as vectors of one number each, a key a lane: parts(width, W) W vectors for W keys.
+std::vector<V> turned_over(const float* keys, int64_t count, int64_t width) {
+  const int64_t vectors = parts(width, W) * W;
+  std::vector<V> across(parts(count, W) * vectors);
+  for (int64_t k = 0; k < count; k += W) {
+    V* to = across.data() + k / W * vectors;
+    for (int64_t c = 0; c < width; c += W) {
+      for (int i = 0; i < W; i++) to[c + i] = load(keys + std::min(k + i, count - 1) * width + c, width - c);
+      transpose(to + c);
+    }
   }
+  return across;
 }
 
 // The sum over some heads of w relu(q . k), of W keys.
@@ -148,22 +154,19 @@ std::vector<int64_t> largest(const std::vector<float>& scores, int64_t visible, 
   return chosen;
 }
 
-// Entries before `visible` that a token attends to, in order: all, or the indexer's best.
-std::vector<int64_t> choose(const float* q, const float* weights, const float* keys, int64_t heads, int64_t width,
+// Entries before `visible` that a token attends to, in order: all, or the indexer's best; across: its keys.
+std::vector<int64_t> choose(const float* q, const float* weights, const V* across, int64_t heads, int64_t width,
                             int64_t visible, int64_t count) {
   if (visible <= count) {
     std::vector<int64_t> all(visible);
     std::iota(all.begin(), all.end(), 0);
     return all;
   }
-  const int64_t row = parts(visible, W) * W;
-  std::vector<float> scores(row);
-  std::vector<V> across(parts(width, W) * W);
-  for (int64_t k = 0; k < visible; k += W) {
-    turn_over(keys + k * width, std::min<int64_t>(W, visible - k), width, across.data());
+  std::vector<float> scores(parts(visible, W) * W);
+  for (int64_t k = 0; k < visible; k += W, across += parts(width, W) * W) {
     V total{};
     for (int64_t j = 0; j < heads; j += ASKED)
-      total += score(q + j * width, weights + j, std::min<int64_t>(ASKED, heads - j), width, across.data());
+      total += score(q + j * width, weights + j, std::min<int64_t>(ASKED, heads - j), width, across);
     store(scores.data() + k, total * (1.0f / __builtin_sqrtf(float(width * heads))));
   }
   return largest(scores, visible, count);
@@ -227,12 +230,17 @@ void finish(const Sizes& z, const Known& known, const Store& window, const std::
   const Tensor &o_a = weights[5], &o_b = weights[6], &sinks = weights[7];
   const int64_t count = last - first, all = z.all(), per_group = all / groups, rank = o_a.size(0) / groups;
   std::vector<float> out(count * all, 0.0f), grouped(count * o_a.size(0));
+  std::vector<V> across;
+  int64_t turned = -1;  // the row whose keys are in `across`
   for (int64_t t = first; t < last; t++) {
     if (!z.real(t)) continue;
-    const int64_t visible = compressor ? (z.position(t) + 1) / compressor->rate : 0;
+    const int64_t b = z.row(t), visible = compressor ? (z.position(t) + 1) / compressor->rate : 0;
+    if (indexer && visible > z.top_k && turned != b) {
+      const int64_t end = std::min(z.position(std::min(last, (b + 1) * z.length) - 1) + 1, z.ends[b]);
+      across = turned_over(indexer->entries.row(b), end / compressor->rate, indexer->width), turned = b;
+    }
     const auto chosen = choose(known.index_q.data() + t * z.index_heads * (indexer ? indexer->width : 0),
-                               known.index_weights.data() + t * z.index_heads,
-                               indexer ? indexer->entries.row(z.row(t)) : nullptr, z.index_heads,
+                               known.index_weights.data() + t * z.index_heads, across.data(), z.index_heads,
                                indexer ? indexer->width : 0, visible, indexer ? z.top_k : visible);
     float* own = out.data() + (t - first) * all;
     attend(z, known, t, window, compressor, chosen, floats(sinks), own);
