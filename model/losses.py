@@ -58,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
         count = (targets_T != IGNORED).sum().clamp(min=1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        d_hidden_TD, d_head_VD = torch.empty_like(hidden_TD), torch.zeros_like(head_VD)
+        d_hidden_TD, d_head_VD = torch.empty_like(hidden_TD), torch.zeros_like(head_VD, dtype=torch.float32)
         head_VD = head_VD.detach().requires_grad_()
         chunks = (x.split(CHUNK) for x in (hidden_TD, d_hidden_TD, targets_T))
         for part_PD, to_PD, target_P in zip(*chunks, strict=True):
@@ -70,7 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
             d_part_PD, d_part_VD = torch.autograd.grad(logits_PV, (part_PD, head_VD), d_logits_PV)
             to_PD.copy_(d_part_PD)
             d_head_VD += d_part_VD
-        ctx.save_for_backward(d_hidden_TD, d_head_VD)
+        ctx.save_for_backward(d_hidden_TD, d_head_VD.to(head_VD.dtype))
         return loss / count
 
     @staticmethod

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from moe_kernels.reference.experts import in_autocast_dtype
+from moe_kernels.autocast import in_autocast_dtype
 from torch import Tensor
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import moe_kernels
@@ -22,7 +18,6 @@ from model import ModelConfig, build
 from model.losses import losses_of
 from model.optim import adamw
 
-ROOT = Path(__file__).parents[2]
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 BACKEND = "cpu"  # of all operations; tests of another backend take its place
@@ -225,7 +220,7 @@ def test_an_expert_that_does_not_exist_is_refused() -> None:
         moe_kernels.experts(x, chosen + 2, *others)
 
 
-LAYERS = [(1, 8, 6), (32, 1, 1), (33, 7, 5), (64, 24, 40), (700, 66, 100), (530, 1100, 70), (50, 48, 1200), (0, 4, 6)]
+LAYERS = [(1, 8, 6), (32, 1, 1), (33, 7, 5), (65, 24, 40), (700, 66, 100), (530, 1100, 70), (50, 48, 1200), (0, 4, 6)]
 
 
 @DTYPES
@@ -458,62 +453,3 @@ def test_a_training_keeps_its_losses() -> None:
         theirs = losses()
     assert theirs[-1] < theirs[0]
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
-
-
-PROBE = """
-import torch, moe_kernels, warnings
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    chosen = {moe_kernels.chosen(torch.device("cpu"))["hyper_read"] for _ in range(2)}
-    moe_kernels.hyper_write(torch.ones(2, 4, 3), torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 4, 4))
-print(chosen, [str(w.message) for w in said])
-"""
-
-
-def probe(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    variables = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder), "TMPDIR": str(folder), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROBE], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def test_without_a_compiler_the_reference_computes_and_one_warning_says_so(tmp_path: Path) -> None:
-    said, trouble = probe(tmp_path, PATH="").communicate(timeout=120)
-    assert said.startswith("{'reference'} ['The CPU kernels are not in use, PyTorch computes instead: no C++ compiler")
-    assert said.count("not in use") == 1
-    assert "Traceback" not in trouble
-
-
-def compiler(folder: Path, text: str) -> str:
-    """A search path on which g++ is this shell script."""
-    script = folder / "bin" / "g++"
-    script.parent.mkdir()
-    script.write_text(f"#!/bin/sh\n{text}\n")
-    script.chmod(0o755)
-    return f"{script.parent}{os.pathsep}/bin"
-
-
-def test_a_compiler_that_fails_is_reported_in_one_sentence(tmp_path: Path) -> None:
-    path = compiler(tmp_path, "echo 'fatal error: out of stars' >&2; exit 1")
-    said, trouble = probe(tmp_path, PATH=path).communicate(timeout=120)
-    assert said.startswith("{'reference'}")
-    assert "out of stars" in said
-    assert "Traceback" not in trouble
-
-
-def test_of_two_processes_one_builds_and_where_the_cache_cannot_be_written_among_temporary_files(
-    tmp_path: Path,
-) -> None:
-    """A file stands where the folder of the cache would be. The compiler takes 0.2 s, and copies what is built."""
-    blocked, calls = tmp_path / "blocked", tmp_path / "calls"
-    blocked.write_text("")
-    copy = f'sleep 0.2; echo >> {calls}; while [ "$1" != -o ]; do shift; done; cp {library.library()} "$2"'
-    path = compiler(tmp_path, copy)
-    both = [probe(tmp_path, XDG_CACHE_HOME=str(blocked), PATH=path) for _ in range(2)]
-    for process in both:
-        said, trouble = process.communicate(timeout=300)
-        assert said.strip() == "{'cpu'} []", trouble
-    assert len(list(tmp_path.glob("shovel-kernels-*/*.so"))) == 1
-    sources = list(library.HERE.glob("*.cpp"))
-    assert calls.read_text().count("\n") == len(sources) + 1

@@ -91,7 +91,8 @@ struct Known {
 
 constexpr int ASKED = 8;  // indexer heads at a time
 
-// Keys of `width` numbers, W at a time as vectors of one number each, a key a lane: parts(width, W) W vectors for W keys.
+// Keys of `width` numbers, W at a time as vectors of one number each, a key a lane: parts(width, W) W vectors for W
+// keys.
 std::vector<V> turned_over(const float* keys, int64_t count, int64_t width) {
   const int64_t vectors = parts(width, W) * W;
   std::vector<V> across(parts(count, W) * vectors);

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.cpu.operators import FLOATS, all_are, operator
 from moe_kernels.reference import experts as reference
-from moe_kernels.reference.experts import in_autocast_dtype
 
 
 def experts(

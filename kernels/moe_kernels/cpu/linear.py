@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.cpu.operators import FLOATS, all_are, operator
 from moe_kernels.reference import linear as reference
-from moe_kernels.reference.experts import in_autocast_dtype
 
 FEWEST = 32  # rows; laying out the weights costs as much as a product of some rows more
 AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))

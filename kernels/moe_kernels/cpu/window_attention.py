@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.cpu.operators import FLOATS, all_are, operator
 from moe_kernels.reference import window_attention as reference
-from moe_kernels.reference.experts import in_autocast_dtype
 from moe_kernels.reference.window_attention import cached_window_attention
 
 __all__ = ["cached_window_attention", "window_attention"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.npu import grouped_matmul as products
 from moe_kernels.npu import permute as rows
 from moe_kernels.npu import swiglu as activation
 from moe_kernels.npu.grouped_matmul import grouped_matmul
 from moe_kernels.npu.permute import permute, unpermute
 from moe_kernels.npu.swiglu import swiglu
-from moe_kernels.reference.experts import in_autocast_dtype
 
 NEEDS = products.NEEDS | rows.NEEDS | activation.NEEDS
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.npu.attention import GIVEN_MASK, NEEDS
-from moe_kernels.reference.experts import in_autocast_dtype
 from moe_kernels.reference.window_attention import chunks
 
 __all__ = ["NEEDS", "cached_window_attention", "window_attention"]

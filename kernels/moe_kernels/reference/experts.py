@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels.autocast import in_autocast_dtype
+
 MULTIPLE = 4  # rows of a product
 
 
@@ -42,14 +44,6 @@ def experts(
     """
     x_TD, gate_up_E2FD, down_EDF = in_autocast_dtype(x_TD, gate_up_E2FD, down_EDF)
     return _experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, limit)[0]
-
-
-def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of autocast on their device where that is on, else as they are."""
-    kind = tensors[0].device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
-    return tensors
 
 
 @torch.library.custom_op("moe_kernels::experts", mutates_args=())

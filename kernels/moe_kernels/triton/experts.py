@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.reference import experts as reference
-from moe_kernels.reference.experts import in_autocast_dtype
 from moe_kernels.triton.grouped_matmul import (
     COLUMNS,
     INNER,

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.autocast import in_autocast_dtype
 from moe_kernels.reference import window_attention as reference
-from moe_kernels.reference.experts import in_autocast_dtype
 from moe_kernels.triton.attention import LOWEST, WIDEST, put_rows, row_products, rows_of
 from moe_kernels.triton.tiles import fit, grid, multiply, side
 
