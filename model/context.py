@@ -58,7 +58,7 @@ class Context:
     ) -> None:
         self.config, self.input_ids, self.cache, self.sparse = config, input_ids, cache, sparse
         self.decoding = decoding and cache is not None  # by operations that take each token on its own
-        self.parts = [self]  # with caches of their own
+        self.parts: list[Context] = []  # with caches of their own; none: this is the only one
         self.statistics: dict[str, list[Tensor]] = {}
         self._made: dict[object, object] = {}
         length, device = input_ids.shape[1], input_ids.device
@@ -101,7 +101,7 @@ class Context:
 
     def by_part(self, attend: Callable[[Tensor, Context], Tensor], x_BSD: Tensor) -> Tensor:
         """What it makes of each part."""
-        if len(self.parts) == 1:
+        if not self.parts:
             return attend(x_BSD, self)
         made = [attend(x, part).flatten(0, 1) for part, x in zip(self.parts, self.split(x_BSD), strict=True)]
         return torch.cat(made)[None]

@@ -1,5 +1,6 @@
 """What must hold of V3 and V4 alike: documents do not see each other, caches change nothing, speculation is exact."""
 
+import gc
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from model import ModelConfig, build, generate
 from model.batch import Pace
 from model.cache import Cache
 from model.config import HEAVY, SLIDING, SPARSE
+from model.context import Context
 from model.data import IGNORED
 from model.losses import later_targets, losses_of
 from model.moe import HashRouter, balanced_table
@@ -50,6 +52,21 @@ def net(request: pytest.FixtureRequest) -> MoETransformer:
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_training_step_leaves_nothing_to_the_garbage_collector(net: MoETransformer) -> None:
+    """A cycle would keep the step's memory until the collector comes, many steps later."""
+    ids = tokens(2, 33)
+    gc.disable()
+    try:
+        parts, statistics = losses_of(net.train(), ids[:, :-1], ids[:, 1:], torch.zeros(2, 32, dtype=torch.long), True)
+        torch.autograd.grad(sum(parts.values()), list(net.parameters()), allow_unused=True)
+        del parts, statistics
+        left = [found for found in gc.get_objects() if type(found) is Context]
+    finally:
+        gc.enable()
+        net.eval()
+    assert not left
 
 
 @settings(max_examples=25, deadline=None)
