@@ -23,6 +23,7 @@ from pipelines.workbench import display
 from pipelines.workbench.runs import Run
 
 CURVES = ("pretrain", "finetune")
+SHOWN: dict[str, Any] = {"na_rep": "", "formatters": {"change": "{:+.1%}".format}}
 REPORTS = ("clean", "encode", "pretrain", "finetune", "baselines", "evaluate-base", "evaluate-chat", "export", "review")
 
 
@@ -112,12 +113,12 @@ class Comparison:
 
     def __repr__(self) -> str:
         parts = {"params": self.params, "metrics": self.metrics, "data": self.data}
-        texts = [f"{title}\n{table.to_string()}" for title, table in parts.items() if len(table)]
+        texts = [title + "\n" + table.to_string(**SHOWN) for title, table in parts.items() if len(table)]
         return "\n\n".join(texts) or f"{self.names[0]} and {self.names[1]} are alike"
 
     def _repr_html_(self) -> str:
         parts = {"Parameters": self.params, "Figures": self.metrics, "Data": self.data}
-        tables = [f"<h4>{title}</h4>{table.to_html(na_rep='')}" for title, table in parts.items() if len(table)]
+        tables = [f"<h4>{title}</h4>{table.to_html(**SHOWN)}" for title, table in parts.items() if len(table)]
         stages = dict.fromkeys(self.curves.columns.get_level_values(0)) if len(self.curves) else {}
         return "".join([*tables, *(f"<h4>Loss of {name}</h4>{self._picture(name)}" for name in stages)])
 

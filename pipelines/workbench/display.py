@@ -82,20 +82,20 @@ def line(run: Run) -> str:
         losses = [point["loss"] for point in last.points if "loss" in point]
         done = round(BAR * min(1.0, last.done / last.total)) if last.total else 0
         bar = "━" * done + "╌" * (BAR - done) if last.running else ""
-        parts += [last.label, bar, sparkline(losses) if losses else "", *_facts(last)]
+        parts += [last.label, bar, sparkline(losses) if losses else "", *_facts(run, last)]
     if run.message and run.status not in (live.STARTING, live.RUNNING, live.FINISHED):
         parts.append(run.message)
     return "  ".join(part for part in parts if part)
 
 
-def _facts(last: live.Snapshot) -> list[str]:
-    """How far, loss, speed, time: what is known of them."""
+def _facts(run: Run, last: live.Snapshot) -> list[str]:
+    """How far the last stage is, its loss and speed; what time is left, or how long all stages took."""
     newest: dict[str, Any] = last.points[-1] if last.points else {}
     facts = [f"{last.done:,.0f} of {last.total:,.0f}"] if last.total else []
     facts += [f"loss {newest['loss']:.3f}"] if "loss" in newest else []
     facts += [f"{newest['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in newest else []
     left = last.seconds_left if last.running else None
-    return [*facts, f"{_duration(left)} left" if left is not None else _duration(last.seconds)]
+    return [*facts, f"{_duration(left)} left" if left is not None else _duration(run.seconds)]
 
 
 def _duration(seconds: float) -> str:
@@ -123,7 +123,7 @@ def html(run: Run) -> str:
     ]
     if last:
         share = min(1.0, last.done / last.total) if last.total else float(run.status == live.FINISHED)
-        rows.append(_bar(share, colour) + f" {last.label}: " + " &middot; ".join(map(markup.escape, _facts(last))))
+        rows.append(_bar(share, colour) + f" {last.label}: " + " &middot; ".join(map(markup.escape, _facts(run, last))))
     if run.message and run.status not in (live.STARTING, live.RUNNING, live.FINISHED):
         rows.append(f"<span style='color:{colour}'>{markup.escape(run.message)}</span>")
     picture = _picture(last.points) if last else ""

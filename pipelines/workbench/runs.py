@@ -82,6 +82,12 @@ class Run:
         return last.status if last else "created"
 
     @property
+    def seconds(self) -> float:
+        """Of all its stages, until now or its end."""
+        clock = self._runner or self.progress
+        return clock.seconds if clock else 0.0
+
+    @property
     def running(self) -> bool:
         return self.status in (live.STARTING, live.RUNNING, live.WAITING)
 

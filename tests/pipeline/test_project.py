@@ -52,6 +52,7 @@ def test_a_run_leaves_everything_as_it_is_and_keeping_it_makes_what_dvc_would_ma
     assert (here.folder / "params.yaml").read_text() == params
     assert here.run("git", "status", "--porcelain").stdout == ""
     assert list(run.curve.index) == list(range(6)) and {"loss", "tokens_per_s"} <= set(run.curve)
+    assert run.seconds > run.progress.seconds
 
     stage_run = client_of(here).get_run(run.mlflow_ids["finetune"])
     assert stage_run.data.tags["overrides"] == "finetune.learning_rate=0.0002, finetune.languages=['en']"
@@ -62,6 +63,8 @@ def test_a_run_leaves_everything_as_it_is_and_keeping_it_makes_what_dvc_would_ma
     found = surface.compare("workspace", run)
     assert found.params.loc["finetune.learning_rate"].tolist() == [5e-4, 2e-4]
     assert "finetune/loss_last" in found.metrics.index and ("finetune", run.id) in found.curves
+    change = f"{found.metrics.loc['finetune/loss_last', 'change']:+.1%}"
+    assert change in repr(found) and change in found._repr_html_()
     assert found.data.loc["code.kept"].nunique() == 1
 
     made = surface.keep(run)
