@@ -9,10 +9,11 @@
 // is 2 D + 3 F numbers a row each way.
 //
 // BLOCK rows at a time go through all products of a pass, so that what lies between them (150 kB in bfloat16 at D 256,
-// F 128) stays in the second cache beside the weights (200 kB). For rows in bfloat16 an expert rounds and pairs its
-// weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a weight and step where copies in bfloat16
-// would take 18. Sums over rows, which are the weights' gradients, leave in fp32 as they are, PART rows at a time or
-// fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and inputs are gathered again.
+// F 128) stays in the second cache beside the weights (200 kB); the next expert's weights are fetched meanwhile. For rows
+// in bfloat16 an expert rounds and pairs its weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a
+// weight and step where copies in bfloat16 would take 18. Sums over rows, which are the weights' gradients, leave in fp32
+// as they are, PART rows at a time or fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and inputs
+// are gathered again.
 #include "multiply.h"
 #include "routes.h"
 #include "swiglu.h"
@@ -20,6 +21,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 48;
+constexpr int64_t FETCHED = 1 << 18, LINE = 64;  // bytes: of a matrix that is fetched ahead, of a line of a cache
 
 // Rows that are summed at a time: as many as the second cache takes beside the weights.
 template <class T>
@@ -36,6 +38,17 @@ struct Gradients {
     std::fill_n(down + e * z.down(), z.down(), U());
   }
 };
+
+// The matrix, of `size` numbers, that this thread needs after expert e if all threads are as fast. It is fetched while
+// e's rows meet one [inner, columns] of its own; a larger one would drive that out of the cache.
+template <class U>
+Ahead next_matrix(const Sizes& z, const U* matrices, int64_t size, int64_t e, int64_t rows, int64_t columns,
+                  int64_t inner) {
+  const int64_t next = e + torch::stable::get_num_threads(), bytes = size * sizeof(U);
+  const auto* at = reinterpret_cast<const char*>(matrices + std::min(next, z.experts - 1) * size);
+  const int64_t steps = parts(rows, HEIGHT) * parts(columns, COLUMNS * W) * inner;
+  return {at, at + bytes, next < z.experts && bytes <= FETCHED ? std::min(LINE, parts(bytes, steps)) : 0};
+}
 
 // Rows `begin` to `begin + count` of the sorted ones.
 template <class T>
@@ -64,20 +77,22 @@ void forward(const Sizes& z, const T* x, const Routes& routes, const float* weig
     if (!routes.count(e)) return;
     lay_across(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), 2 * z.inner);
     lay_across(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.width);
+    Ahead next_gate_up = next_matrix(z, gate_up, z.both(), e, routes.count(e), 2 * z.inner, room.in.row);
+    Ahead next_down = next_matrix(z, down, z.down(), e, routes.count(e), z.width, room.hidden.row);
     for (int64_t begin = routes.ends[e]; begin < routes.ends[e + 1]; begin += BLOCK) {
       const int64_t count = std::min(BLOCK, routes.ends[e + 1] - begin);
       T* own = kept + begin * 2 * z.inner;
       float* both = landing(own, room.both);
       gather(z, routes, x, begin, count, room.in);
       multiply(count, 2 * z.inner, room.in.row, room.in.from(0), room.gate_up.data(), 2 * z.inner, both, 2 * z.inner,
-               false);
+               false, next_gate_up);
       for (int64_t i = 0; i < count; i++) {
         const float* gate = both + i * 2 * z.inner;
         swiglu_row(gate, gate + z.inner, z.inner, limit, weights[routes.pairs[begin + i]], room.hidden.at(i));
       }
       settle(both, count * 2 * z.inner, own);
       multiply(count, z.width, room.hidden.row, room.hidden.from(0), room.down.data(), z.width,
-               rows.get() + begin * z.width, z.width, false);
+               rows.get() + begin * z.width, z.width, false, next_down);
     }
   });
   combine(routes, rows.get(), z, y);
@@ -99,9 +114,10 @@ struct BackwardRoom {
 // BLOCK rows or fewer of a part, from `first` of the part and `row` of all rows on: d_y -> hidden and d_both, d_rows.
 template <class T>
 void backward_block(const Sizes& z, const Routes& routes, BackwardRoom<T>& room, int64_t first, int64_t row,
-                    int64_t count, const float* weights, const T* kept, float limit, float* d_weights, T* d_rows) {
+                    int64_t count, const float* weights, const T* kept, float limit, float* d_weights, T* d_rows,
+                    Ahead& next_gate_up, Ahead& next_down) {
   multiply(count, z.inner, room.grad.row, room.grad.from(first), room.down.data(), z.inner, room.d_hidden.data(),
-           z.inner, false);
+           z.inner, false, next_down);
   for (int64_t i = 0; i < count; i++) {
     const int64_t pair = routes.pairs[row + i];
     const T *gate = kept + (row + i) * 2 * z.inner, *up = gate + z.inner;
@@ -111,7 +127,7 @@ void backward_block(const Sizes& z, const Routes& routes, BackwardRoom<T>& room,
                                   d_gate + z.inner, room.hidden.at(first + i));
   }
   multiply(count, z.width, room.both.row, room.both.from(first), room.gate_up.data(), z.width, d_rows + row * z.width,
-           z.width, false);
+           z.width, false, next_gate_up);
 }
 
 // What the rows of a part give to the weights' gradients, or add to them.
@@ -135,6 +151,8 @@ void backward(const Sizes& z, const T* d_y, const T* x, const Routes& routes, co
     float *d_down = landing(to.down + e * z.down(), room.d_down);
     lay_down(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), z.width);
     lay_down(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.inner);
+    Ahead next_gate_up = next_matrix(z, gate_up, z.both(), e, end - begin, z.width, room.both.row);
+    Ahead next_down = next_matrix(z, down, z.down(), e, end - begin, z.inner, room.grad.row);
     const int64_t size = parts(parts(end - begin, parts(end - begin, PART<T>)), BLOCK) * BLOCK;
     for (int64_t part = begin; part < end; part += size) {
       const int64_t count = std::min(size, end - part);
@@ -142,7 +160,7 @@ void backward(const Sizes& z, const T* d_y, const T* x, const Routes& routes, co
       gather(z, routes, d_y, part, count, room.grad);
       for (int64_t at = 0; at < count; at += BLOCK)
         backward_block(z, routes, room, at, part + at, std::min(BLOCK, count - at), weights, kept, limit, to.weights,
-                       d_rows.get());
+                       d_rows.get(), next_gate_up, next_down);
       add_part(z, room, count, d_gate_up, d_down, part > begin);
     }
     settle(d_gate_up, z.both(), to.gate_up + e * z.both()), settle(d_down, z.down(), to.down + e * z.down());

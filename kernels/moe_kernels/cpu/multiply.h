@@ -33,6 +33,8 @@ constexpr int64_t STEP = 16;  // what rows should be a multiple of: oneDNN makes
 constexpr int64_t STEP = HEIGHT;
 #endif
 
+constexpr int SECOND_CACHE = 2;  // where what is fetched ahead goes
+
 using Pair = uint32_t;
 
 inline int64_t half(int64_t count) { return (count + 1) / 2; }
@@ -47,6 +49,24 @@ struct Matrix {
   int64_t row, column;  // strides
 
   Matrix(const E* data, int64_t row, int64_t column = 1) : data(data), row(row), column(column) {}
+};
+
+// What a product does meanwhile: nothing, or fetching what the next one reads, `step` bytes an inner step.
+struct Nothing {
+  void fetch(int64_t) const {}
+  void pass(int64_t) const {}
+};
+
+struct Ahead {
+  const char *at, *end;
+  int64_t step;
+
+  void fetch(int64_t p) const { __builtin_prefetch(at + p * step, 0, SECOND_CACHE); }
+
+  void pass(int64_t inner) {
+    at += inner * step;
+    if (at >= end) step = 0;
+  }
 };
 
 inline void add_product(V& total, float left, V right) { total += left * right; }
@@ -65,15 +85,16 @@ inline void add_product(V& total, Pair left, Words right) {
 #endif
 }
 
-template <int VECTORS, class E, class C, class Get, class Put>
+template <int VECTORS, class E, class C, class Get, class Put, class Meanwhile>
 inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const E* b, int64_t b_row, C* c,
-                          int64_t c_row, bool add, const Get& get, const Put& put) {
+                          int64_t c_row, bool add, const Get& get, const Put& put, Meanwhile& meanwhile) {
   V total[HEIGHT][VECTORS] = {};
   const E* from[HEIGHT];
   for (int i = 0; i < HEIGHT; i++) from[i] = a.data + std::min<int64_t>(i, rows - 1) * a.row;
   for (int64_t i = 0; i < (inner < LONG ? 0 : std::min<int64_t>(rows, HEIGHT)); i++)
     for (int k = 0; k < VECTORS; k++) __builtin_prefetch(c + i * c_row + k * W, 1);
   for (int64_t p = 0; p < inner; p++) {
+    meanwhile.fetch(p);
     decltype(get(b)) right[VECTORS];
 #pragma GCC unroll 8
     for (int k = 0; k < VECTORS; k++) right[k] = get(b + p * b_row + k * W);
@@ -84,6 +105,7 @@ inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const
       for (int k = 0; k < VECTORS; k++) add_product(total[i][k], left, right[k]);
     }
   }
+  meanwhile.pass(inner);
   for (int64_t i = 0; i < std::min<int64_t>(rows, HEIGHT); i++)
     for (int k = 0; k < VECTORS; k++) {
       C* to = c + i * c_row + k * W;
@@ -92,15 +114,18 @@ inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const
 }
 
 // c [rows, columns] = a [rows, inner] b [inner, columns], or that added to it.
-template <class E, class C>
+template <class E, class C, class Meanwhile>
 inline void multiply_tiles(int64_t rows, int64_t columns, int64_t inner, const Matrix<E>& a, const E* b, int64_t b_row,
-                           C* c, int64_t c_row, bool add) {
+                           C* c, int64_t c_row, bool add, Meanwhile& meanwhile) {
+  if constexpr (std::is_same_v<Meanwhile, Ahead>)
+    if (Nothing nothing; !meanwhile.step)
+      return multiply_tiles(rows, columns, inner, a, b, b_row, c, c_row, add, nothing);
   auto get = [](const auto* p) { return load(p); };
   auto put = [](C* p, V v) { store(p, v); };
   auto down = [&](int64_t at, auto vectors, const auto& from, const auto& to) {
     for (int64_t r = 0; r < rows; r += HEIGHT)
       multiply_tile<vectors(), E>(rows - r, inner, {a.data + r * a.row, a.row, a.column}, b + at, b_row,
-                                  c + r * c_row + at, c_row, add, from, to);
+                                  c + r * c_row + at, c_row, add, from, to, meanwhile);
   };
   int64_t at = 0;
   for (; at + COLUMNS * W <= columns; at += COLUMNS * W) down(at, std::integral_constant<int, COLUMNS>(), get, put);
@@ -115,15 +140,16 @@ inline void multiply_tiles(int64_t rows, int64_t columns, int64_t inner, const M
          [left](C* p, V v) { store(p, v, left); });
 }
 
+template <class Meanwhile = Nothing>
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<float>& a, const float* b,
-                     int64_t b_row, float* c, int64_t c_row, bool add) {
-  multiply_tiles(rows, columns, inner, a, b, b_row, c, c_row, add);
+                     int64_t b_row, float* c, int64_t c_row, bool add, Meanwhile&& meanwhile = {}) {
+  multiply_tiles(rows, columns, inner, a, b, b_row, c, c_row, add, meanwhile);
 }
 
 // The same of pairs; `inner` counts pairs.
-template <class C>
+template <class C, class Meanwhile = Nothing>
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<Pair>& a, const Pair* b, int64_t b_row,
-                     C* c, int64_t c_row, bool add) {
+                     C* c, int64_t c_row, bool add, [[maybe_unused]] Meanwhile&& meanwhile = {}) {
 #if defined(__AMX_BF16__)
   const int64_t all = parts(rows, STEP) * STEP;
   const bool as_it_is = a.column == 1 && all == rows, there = std::is_same_v<C, float> && all == rows;
@@ -138,7 +164,7 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix<
                               there ? reinterpret_cast<float*>(c) : own.data(), true);
   for (int64_t i = 0; i < (there ? 0 : rows); i++) copy(own.data() + i * columns, columns, c + i * c_row);
 #else
-  multiply_tiles(rows, columns, inner, a, b, b_row, c, c_row, add);
+  multiply_tiles(rows, columns, inner, a, b, b_row, c, c_row, add, meanwhile);
 #endif
 }
 

@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t OUTPUTS = 64;         // of a product that are one piece of work
 constexpr int64_t ENOUGH = 1 << 18;     // multiply-adds that are worth another thread
 constexpr int64_t AHEAD = 1 << 11;      // numbers between a weight that is used and the one that is fetched then
-constexpr int SECOND_CACHE = 2;         // where it goes
 constexpr float NEVER = -1e30f;         // a logit whose exponential is zero
 
 #if defined(__clang__)
