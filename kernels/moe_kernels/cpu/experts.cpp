@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 48;
-constexpr int64_t FETCHED = 1 << 18, LINE = 64;  // bytes: of a matrix that is fetched ahead, of a line of a cache
+constexpr int64_t FETCHED = 1 << 18;  // bytes of a matrix that is fetched ahead at most
 
 // Rows that are summed at a time: as many as the second cache takes beside the weights.
 template <class T>

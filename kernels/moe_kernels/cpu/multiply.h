@@ -34,6 +34,7 @@ constexpr int64_t STEP = HEIGHT;
 #endif
 
 constexpr int SECOND_CACHE = 2;  // where what is fetched ahead goes
+constexpr int64_t LINE = 64;     // bytes that a cache fetches at a time
 
 using Pair = uint32_t;
 
@@ -229,7 +230,7 @@ inline void lay_across(const T* from, int64_t count, int64_t width, int64_t row,
       Pair rounded[W * W];
       for (int64_t r = 0; r < high; r++) {
         const T* start = from + (i + r) * row + 2 * p;
-        for (int64_t line = 0; line < int64_t(2 * W * sizeof(T)); line += 64)
+        for (int64_t line = 0; line < int64_t(2 * W * sizeof(T)); line += LINE)
           __builtin_prefetch(reinterpret_cast<const char*>(start + W * row) + line);
         const int64_t numbers = std::min<int64_t>(2 * W, width - 2 * p);
         const Halves both[] = {halves(start, std::min<int64_t>(W, numbers)),
