@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 from moe_kernels import hyper_head, hyper_read, hyper_write
+from moe_kernels.autocast import full_precision
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.context import Context
-from model.precision import full_precision
 
 Write = Callable[[Tensor], Tensor]
 

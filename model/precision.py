@@ -15,12 +15,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast inside: router scores and hyper-connections are fp32 always."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
-
-
 def rounded(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast where that is on: once, for all that multiply it."""
     return in_autocast_dtype(x)[0]

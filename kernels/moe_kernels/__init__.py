@@ -24,6 +24,7 @@ __all__ = [
     "AdamWState",
     "adamw_step",
     "attention",
+    "balance",
     "cached_window_attention",
     "chosen",
     "cross_entropy",
@@ -80,22 +81,36 @@ def swiglu(gate_up_N2F: Tensor, limit: float | None = None) -> Tensor:
 def route(
     x_TD: Tensor,
     weight_ED: Tensor,
-    bias_E: Tensor,
+    bias_E: Tensor | None,
     top_k: int,
     *,
+    chosen_TK: Tensor | None = None,
     score: str = "sigmoid",
     groups: int = 1,
     top_groups: int = 1,
     normalise: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(indices [T, K] int64, weights [T, K] fp32) of each token's experts, in fp32 whatever the autocast.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices [T, K] int64, weights [T, K], affinities to all experts [T, E]), in fp32 whatever the autocast.
 
     score: "sigmoid" (arXiv 2412.19437, equations 15 and 16) or "sqrt_softplus", the square root of softplus. The bias
-    only selects. groups, top_groups: experts come from the `top_groups` groups whose two best score highest.
+    only selects. groups, top_groups: experts come from the `top_groups` groups whose two best score highest. chosen:
+    experts that are given, in place of a bias.
     """
     choose = implementation("route", x_TD.device.type)
-    return choose(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
+    return choose(x_TD, weight_ED, bias_E, chosen_TK, top_k, score, groups, top_groups, normalise, scale)
+
+
+def balance(
+    indices_TK: Tensor, scores_TE: Tensor, first_BS: Tensor, real_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How evenly B rows of S tokens use their experts: (load [E] int64, entropy, loss); T = B S.
+
+    scores: affinities to all experts. first: index in its row of the first token of each token's document. real: which
+    tokens count; None: all. entropy: of a token's shares of affinity, mean in nats. loss: the balance loss inside each
+    document, mean over tokens (arXiv 2412.19437, equations 17 to 20); it alone has a gradient, by the scores.
+    """
+    return implementation("balance", scores_TE.device.type)(indices_TK, scores_TE, first_BS, real_BS)
 
 
 def expert_load(indices_TK: Tensor, num_experts: int) -> Tensor:

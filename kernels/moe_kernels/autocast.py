@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,3 +15,9 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
     return tensors
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast inside: router scores and hyper-connections are fp32 always."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

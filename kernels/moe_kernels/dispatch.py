@@ -26,6 +26,7 @@ OTHERS = ("triton",)  # those of any other accelerator
 OPERATIONS = {  # operation -> the file that holds it
     "adamw_step": "adamw",
     "attention": "attention",
+    "balance": "balance",
     "cached_window_attention": "window_attention",
     "cross_entropy": "cross_entropy",
     "cross_entropy_with_gradient": "cross_entropy",

@@ -26,7 +26,15 @@ TOLERANCE = {
     "experts": {FP32: 2e-5, BF16: 5e-2},  # a value that rounding moves across the limit loses its gradient
     "window_attention": {FP32: 2e-5, BF16: 4e-2},  # exponents of size 20
 }
-FP32_ONLY = {"adamw_step", "hyper_head", "hyper_read", "hyper_write", "route", "expert_load"}  # whatever the autocast
+FP32_ONLY = {
+    "adamw_step",
+    "hyper_head",
+    "hyper_read",
+    "hyper_write",
+    "route",
+    "balance",
+    "expert_load",
+}  # whatever the autocast
 FP32_ONLY |= {"decode_compressed_attention", "decode_experts", "decode_latent_attention", "skinny_linear"}
 
 
@@ -62,7 +70,7 @@ def tolerance(operation: str, dtype: torch.dtype) -> float:
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def compare(operation: str, dtype: torch.dtype, device: torch.device) -> tuple[Worst, int]:
@@ -173,12 +181,13 @@ def _indices(tokens: int, top_k: int, used: int) -> Tensor:
 
 
 def _route() -> list[Case]:
-    def call(**more: Any) -> Callable[[Tensor, Tensor], Any]:
-        def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            bias = random(16, seed=2).to(x) * 0.1
-            indices, weights = moe_kernels.route(x, weight, bias, 3, scale=2.5, **more)
+    def call(chosen: Tensor | None = None, **more: Any) -> Callable[[Tensor, Tensor], Any]:
+        def route(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            bias = random(16, seed=2).to(x) * 0.1 if chosen is None else None
+            given = None if chosen is None else chosen.to(x.device)
+            indices, weights, scores = moe_kernels.route(x, weight, bias, 3, chosen_TK=given, scale=2.5, **more)
             order = indices.argsort(dim=1)
-            return indices.gather(1, order), weights.gather(1, order)
+            return indices.gather(1, order), weights.gather(1, order), scores
 
         return route
 
@@ -187,7 +196,18 @@ def _route() -> list[Case]:
         Case("sigmoid", call(), inputs),
         Case("sigmoid, 2 of 4 groups", call(groups=4, top_groups=2), inputs),
         Case("square root of softplus", call(score="sqrt_softplus"), inputs),
+        Case("experts that are given", call(_indices(40, 3, 16), score="sqrt_softplus"), inputs),
     ]
+
+
+def _balance() -> list[Case]:
+    def call(indices: Tensor, scores: Tensor, first: Tensor, *real: Tensor) -> tuple[Tensor, ...]:
+        load, *others = moe_kernels.balance(indices, scores, first, *real)
+        return load.double(), *others
+
+    first = torch.tensor([[0] * 7 + [7] * 5, [0] * 12])
+    inputs = [_indices(24, 3, 8), random(24, 9).sigmoid(), first]
+    return [Case("documents", call, inputs), Case("padding", call, [*inputs, torch.arange(24).view(2, 12) % 5 > 0])]
 
 
 def _expert_load() -> list[Case]:
@@ -423,6 +443,7 @@ def _adamw_step() -> list[Case]:
 CASES: dict[str, Callable[[], list[Case]]] = {
     "adamw_step": _adamw_step,
     "attention": _attention,
+    "balance": _balance,
     "cached_window_attention": _cached_window_attention,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,

@@ -76,6 +76,7 @@ def test_route(score: str, groups: int, top_groups: int, top_k: int) -> None:
     order = [found[0].cpu().argsort(dim=1) for found in (ours, theirs)]
     assert torch.equal(ours[0].cpu().gather(1, order[0]), theirs[0].gather(1, order[1]))
     assert distance(ours[1].cpu().gather(1, order[0]), theirs[1].gather(1, order[1])) <= TOLERANCE[FP32]
+    assert max(distance(mine, other) for mine, other in zip(ours[2:], theirs[2:], strict=True)) <= TOLERANCE[FP32]
 
 
 @DTYPES

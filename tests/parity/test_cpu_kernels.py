@@ -10,7 +10,7 @@ import moe_kernels
 import pytest
 import torch
 from moe_kernels.cpu import library
-from moe_kernels.reference import attention, experts, hyper_connection, newton_schulz, swiglu, window_attention
+from moe_kernels.reference import attention, balance, experts, hyper_connection, newton_schulz, swiglu, window_attention
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,14 +32,15 @@ def compiled() -> None:
 
 
 def random(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of the reference, which counts as at least 0.01 an element."""
     assert ours.shape == exact.shape
     floor = 1e-2 * max(exact.numel(), 1) ** 0.5
-    return float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=floor))
+    ours, exact = (tensor.detach().double() for tensor in (ours, exact))
+    return float((ours - exact).norm() / exact.norm().clamp(min=floor))
 
 
 def outputs_and_gradients(
@@ -64,7 +65,7 @@ def outputs_and_gradients(
 
 def same(operation: str, exact: Callable[..., Any], inputs: list[Any]) -> None:
     assert moe_kernels.chosen(torch.device("cpu"))[operation] == BACKEND
-    dtype = next(value.dtype for value in inputs if isinstance(value, Tensor))
+    dtype = next(value.dtype for value in inputs if isinstance(value, Tensor) and value.is_floating_point())
     ours = outputs_and_gradients(getattr(moe_kernels, operation), inputs)
     theirs = outputs_and_gradients(exact, inputs, FP64)
     assert len(ours) == len(theirs)
@@ -218,6 +219,90 @@ def test_an_expert_that_does_not_exist_is_refused() -> None:
     x, chosen, *others = expert_inputs(3, 4, 4, 4, 2)
     with pytest.raises(RuntimeError, match="expert 4 does not exist"):
         moe_kernels.experts(x, chosen + 2, *others)
+
+
+ROUTERS = [
+    (700, 24, 64, 6, 1, 1),
+    (33, 12, 16, 3, 4, 2),
+    (5, 8, 7, 7, 1, 1),
+    (40, 16, 256, 8, 8, 4),
+    (0, 8, 4, 2, 1, 1),
+]
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("given", [False, True], ids=["chosen", "given"])
+@pytest.mark.parametrize("shape", ROUTERS, ids=str)
+def test_route(shape: tuple[int, ...], given: bool, score: str) -> None:
+    tokens, width, count, top_k, groups, top_groups = shape
+    bias = None if given else random(count, seed=3) * 0.1
+    chosen = torch.rand(tokens, count, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :top_k]
+    inputs = [random(tokens, width), random(count, width) * width**-0.5, random(tokens, count), random(tokens, count)]
+
+    def dense(x: Tensor, weight: Tensor, spread: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+        """The choice as a table; every weight and every affinity has a gradient of its own."""
+        how = {"score": score, "groups": groups, "top_groups": top_groups, "scale": 2.5}
+        more = {"chosen_TK": chosen if given else None, "normalise": top_k > 2}
+        indices, weights, scores = moe_kernels.route(x, weight, bias, top_k, **how, **more)
+        table = torch.zeros_like(scores).scatter(1, indices, weights)
+        return table.detach(), scores, (table * spread).sum() + (scores * own).sum()
+
+    assert moe_kernels.chosen(torch.device("cpu"))["route"] == BACKEND
+    ours = outputs_and_gradients(dense, inputs)
+    with moe_kernels.reference_only():
+        theirs = outputs_and_gradients(dense, inputs)
+    assert torch.equal(ours[0] != 0, theirs[0] != 0) and len(ours) == len(theirs) == 7
+    assert max(distance(mine, other.double()) for mine, other in zip(ours, theirs, strict=True)) <= TOLERANCE[FP32]
+
+
+def test_route_takes_the_first_of_equal_experts_and_large_logits() -> None:
+    x = torch.tensor([[0.0], [1.0], [-1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [300.0], [0.0], [-300.0], [0.0]])
+    for score in ("sigmoid", "sqrt_softplus"):
+        indices, weights, scores = moe_kernels.route(x, weight, torch.zeros(5), 3, score=score, normalise=False)
+        assert indices.tolist() == [[0, 1, 2], [1, 0, 2], [3, 0, 2]]
+        (weights.sum() + scores.sum()).backward()
+        assert x.grad.isfinite().all() and scores.max().item() == pytest.approx(1.0 if score == "sigmoid" else 300**0.5)
+
+
+def test_route_refuses_what_does_not_exist() -> None:
+    x, weight = random(3, 4), random(6, 4)
+    with pytest.raises(RuntimeError, match="expert 6 does not exist"):
+        moe_kernels.route(x, weight, None, 1, chosen_TK=torch.full((3, 1), 6))
+    with pytest.raises(RuntimeError, match="cannot take 7 of 6 experts"):
+        moe_kernels.route(x, weight, torch.zeros(6), 7)
+
+
+def balance_inputs(rows: int, length: int, count: int, top_k: int, padded: bool) -> list[Any]:
+    """Documents of about eight tokens; the last expert gets none."""
+    starts, places = random(rows, length, seed=1) > 1.2, torch.arange(length)
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    chosen = _chosen(rows * length, count, top_k)
+    real = random(rows, length, seed=2) > -0.7 if padded else None
+    return [chosen, random(rows * length, count).sigmoid(), first, real]
+
+
+def _chosen(tokens: int, count: int, top_k: int) -> Tensor:
+    scores = torch.rand(tokens, count - 1, generator=torch.Generator().manual_seed(tokens))
+    return scores.argsort(dim=1)[:, :top_k].contiguous()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(4, 200, 64, 6), (1, 1, 3, 1), (3, 17, 9, 8), (2, 40, 130, 2), (0, 5, 4, 2)], ids=str
+)
+def test_balance(shape: tuple[int, ...], padded: bool) -> None:
+    inputs = balance_inputs(*shape, padded=padded)
+    same("balance", balance.balance, inputs)
+    assert moe_kernels.balance(*inputs)[0][-1] == 0
+
+
+def test_balance_of_nothing_but_padding_is_zero() -> None:
+    indices, scores, first, _ = balance_inputs(2, 9, 5, 2, padded=False)
+    nothing = torch.zeros(2, 9, dtype=torch.bool)
+    load, entropy, loss = moe_kernels.balance(indices, scores.requires_grad_(), first, nothing)
+    loss.backward()
+    assert not load.any() and not scores.grad.any() and (entropy, loss) == (0, 0)
 
 
 LAYERS = [(1, 8, 6), (32, 1, 1), (33, 7, 5), (65, 24, 40), (700, 66, 100), (530, 1100, 70), (50, 48, 1200), (0, 4, 6)]
@@ -381,6 +466,7 @@ def rotate_inputs() -> list[Any]:
 
 CASES = {
     "attention": causal_inputs(2, 150, 150, 2, 24, 16),
+    "balance": balance_inputs(3, 90, 20, 4, padded=True),
     "cross_entropy_with_gradient": [random(60, 48), torch.arange(60) % 48, torch.tensor(0.5), -100],
     "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
     "hyper_read": read_inputs(900, 4, 48),
@@ -388,10 +474,12 @@ CASES = {
     "linear": [random(1100, 48), random(70, 48)],
     "rms_norm": [random(900, 48), random(48), 1e-6],
     "rotate": [*rotate_inputs(), True],
+    "route": [random(900, 24), random(16, 24), random(16), 3],
     "swiglu": [random(900, 48), 0.5],
     "window_attention": attention_inputs(2, 600, 2, 16, 40, 32),
 }
-FIXED = {"rotate": (1, 2), "cross_entropy_with_gradient": (0, 2)}  # inputs that have no gradient
+FIXED = {"rotate": (1, 2), "cross_entropy_with_gradient": (0, 2), "route": (1,)}  # inputs that have no gradient
+OPERANDS = CASES | {"route": [random(90, 16), random(16), None, 3, False, 4, 2, True, 2.5]}  # of the operators
 
 
 @pytest.fixture
@@ -418,7 +506,7 @@ def test_what_torch_library_expects(operation: str) -> None:
         value.clone().requires_grad_(place not in FIXED.get(operation, ()))
         if isinstance(value, Tensor) and value.is_floating_point()
         else value
-        for place, value in enumerate(CASES[operation])
+        for place, value in enumerate(OPERANDS[operation])
     ]
     torch.library.opcheck(getattr(torch.ops.moe_kernels_cpu, operation).default, tuple(leaves))
 

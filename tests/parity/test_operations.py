@@ -68,16 +68,22 @@ def test_route(groups: int, top_groups: int) -> None:
     _, weights, indices = theirs(x)
     keywords = {"groups": groups, "top_groups": top_groups, "scale": 2.5}
     ours = moe_kernels.route(x, theirs.weight, theirs.e_score_correction_bias, 3, **keywords)
-    dense = [torch.zeros(11, 16).scatter(1, index, weight) for index, weight in (ours, (indices, weights))]
+    dense = [torch.zeros(11, 16).scatter(1, index, weight) for index, weight in (ours[:2], (indices, weights))]
     torch.testing.assert_close(dense[0], dense[1])
 
 
 def test_route_by_the_root_of_softplus() -> None:
     x, weight = random(7, 12), random(8, 12)
     scores = (1 + (x @ weight.t()).exp()).log().sqrt()
-    indices, weights = moe_kernels.route(x, weight, torch.zeros(8), 2, score="sqrt_softplus", normalise=False)
+    how = {"score": "sqrt_softplus", "normalise": False}
+    indices, weights, affinities = moe_kernels.route(x, weight, torch.zeros(8), 2, **how)
+    torch.testing.assert_close(affinities, scores)
     torch.testing.assert_close(weights, scores.gather(1, indices))
     torch.testing.assert_close(weights.sort(1).values, scores.topk(2).values.sort(1).values)
+    given = torch.arange(14).view(7, 2) % 8
+    indices, weights, _ = moe_kernels.route(x, weight, None, 2, chosen_TK=given, **how)
+    assert torch.equal(indices, given)
+    torch.testing.assert_close(weights, scores.gather(1, given))
     with pytest.raises(ValueError, match="choose 'sigmoid' or 'sqrt_softplus'"):
         moe_kernels.route(x, weight, torch.zeros(8), 2, score="softmax")
 

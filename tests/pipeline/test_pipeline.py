@@ -66,7 +66,7 @@ def test_runs_are_nested_below_one_parent_and_say_where_they_come_from(project, 
         runs[name] for name in ("pretrain", "finetune", "evaluate-base", "evaluate-chat", "export", "agreement")
     ]
     assert {(run.data.tags["device"], run.data.tags["emulated"]) for run in computed} == {("cpu", "false")}
-    assert all(json.loads(run.data.tags["kernels"])["route"] == "reference" for run in computed)
+    assert all(json.loads(run.data.tags["kernels"])["grouped_matmul"] == "reference" for run in computed)
     lock = (project.folder / "dvc.lock").read_text()
     assert pretrain.data.tags["dvc.dep.data/tokens"] in lock
     assert runs["fetch"].data.tags["dvc.dep.data/sources.yaml"] in lock

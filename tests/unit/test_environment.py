@@ -33,7 +33,7 @@ def test_a_cpu_is_not_emulated_even_where_npus_are(on_an_emulated_npu: None) -> 
 def test_tags_name_device_and_kernels() -> None:
     tags = environment.tags(CPU)
     assert (tags["device"], tags["emulated"]) == ("cpu", "false")
-    assert json.loads(tags["kernels"])["route"] == "reference"
+    assert json.loads(tags["kernels"])["grouped_matmul"] == "reference"
     assert json.loads(tags["kernels"])["experts"] in ("cpu", "reference")
 
 

@@ -8,70 +8,23 @@
 #include <atomic>
 #include <memory>
 
+#include "router.h"
 #include "rows.h"
 #include "swiglu.h"
 
 namespace {
 
-struct Routing {
-  int64_t choices, groups, top_groups;
-  bool sigmoid, normalise;
-  float scale;
-};
-
-float affinity(float logit, bool sigmoid) {
-  if (sigmoid) return 1.0f / (1.0f + std::exp(-logit));
-  return std::sqrt(logit > 20.0f ? logit : std::log1p(std::exp(logit)));
-}
-
-// The `count` best of the values, the first of equal ones, best first.
-void best(const std::vector<float>& values, int64_t count, int64_t* chosen) {
-  std::vector<int64_t> order(values.size());
-  for (size_t i = 0; i < order.size(); i++) order[i] = i;
-  std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int64_t a, int64_t b) {
-    return values[a] > values[b] || (values[a] == values[b] && a < b);
-  });
-  std::copy_n(order.begin(), count, chosen);
-}
-
-// Experts outside of the groups whose two best score highest can not be chosen.
-void within_best_groups(std::vector<float>& scores, const Routing& how) {
-  const int64_t size = scores.size() / how.groups;
-  std::vector<float> found(how.groups);
-  std::vector<int64_t> kept(how.top_groups);
-  for (int64_t g = 0; g < how.groups; g++) {
-    float first = -INFINITY, second = -INFINITY;
-    for (int64_t e = g * size; e < (g + 1) * size; e++) {
-      const float score = scores[e];
-      score > first ? (second = first, first = score) : (second = std::max(second, score));
-    }
-    found[g] = first + second;
-  }
-  best(found, how.top_groups, kept.data());
-  for (int64_t g = 0; g < how.groups; g++)
-    if (std::find(kept.begin(), kept.end(), g) == kept.end())
-      std::fill(scores.begin() + g * size, scores.begin() + (g + 1) * size, -INFINITY);
-}
-
 // Experts [T, K] and their weights of every row, from the router's logits [T, E]; given: experts that are chosen before.
 void route(const float* logits, int64_t rows, int64_t experts, const float* bias, const int64_t* given,
            const Routing& how, int64_t* chosen, float* weights) {
-  std::vector<float> affinities(experts), scores(experts);
+  std::vector<float> affinity(experts), room(experts);
   for (int64_t t = 0; t < rows; t++, chosen += how.choices, weights += how.choices) {
-    for (int64_t e = 0; e < experts; e++) affinities[e] = affinity(logits[t * experts + e], how.sigmoid);
-    if (given) {
+    affinities(logits + t * experts, experts, how.sigmoid, affinity.data());
+    if (given)
       std::copy_n(given + t * how.choices, how.choices, chosen);
-    } else {
-      for (int64_t e = 0; e < experts; e++) scores[e] = affinities[e] + bias[e];
-      if (how.groups > 1) within_best_groups(scores, how);
-      best(scores, how.choices, chosen);
-    }
-    float total = 0.0f;
-    for (int64_t k = 0; k < how.choices; k++) {
-      STD_TORCH_CHECK(chosen[k] >= 0 && chosen[k] < experts, "expert ", chosen[k], " does not exist");
-      total += weights[k] = affinities[chosen[k]];
-    }
-    for (int64_t k = 0; k < how.choices; k++) weights[k] *= how.scale / (how.normalise ? total + 1e-20f : 1.0f);
+    else
+      choose(affinity.data(), bias, how, room, chosen);
+    mixing(affinity.data(), experts, chosen, how, weights);
   }
 }
 

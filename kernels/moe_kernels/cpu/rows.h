@@ -237,6 +237,4 @@ struct Store {
   }
 };
 
-inline const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
-
 }  // namespace

@@ -161,6 +161,41 @@ inline V exp(V x) {
 
 inline V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
 
+// log((1 + z) / (1 - z)) of |z| <= 1/3, by its series.
+inline V log_of_ratio(V z) {
+  const V square = z * z;
+  V series = splat(1.0f / 15);
+  for (int odd = 13; odd > 0; odd -= 2) series = series * square + 1.0f / odd;
+  return 2.0f * z * series;
+}
+
+// log(x) of positive x, nearly to the last place: m in [sqrt(1/2), sqrt(2)) times a power of two.
+inline V log(V x) {
+  constexpr int ROOT = 0x3F3504F3;
+  I bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const I power = (bits - ROOT) >> 23;
+  bits -= power << 23;
+  V m;
+  std::memcpy(&m, &bits, sizeof m);
+  return __builtin_convertvector(power, V) * 0.69314718f + log_of_ratio((m - 1.0f) / (m + 1.0f));
+}
+
+inline V root(V x) {
+#if defined(__AVX512F__)
+  return (V)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// log(1 + exp(x)).
+inline V softplus(V x) {
+  const V small = exp(least(x, -x));
+  return most(x, V{}) + log_of_ratio(small / (small + 2.0f));
+}
+
 // Calls step(position, how to load, how to store) along a row: whole vectors, then what is left of one.
 template <class Step>
 inline void along(int64_t length, const Step& step) {
@@ -194,6 +229,8 @@ inline void with_types(const Tensor& rows, const Tensor& weights, const F& f) {
 }
 
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+inline const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 
 inline float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.reference.experts import experts
-from moe_kernels.reference.router import affinities, mixing, route
+from moe_kernels.reference.router import route
 from moe_kernels.reference.swiglu import swiglu
 
 
@@ -33,10 +33,8 @@ def decode_experts(
     limit: float | None,
 ) -> Tensor:
     """[T, D]. chosen: experts of each row that no score has a say in; then there is no bias."""
-    if chosen_TK is None:
-        found = route(x_TD, router_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
-    else:
-        found = chosen_TK, mixing(affinities(x_TD, router_ED, score).gather(1, chosen_TK), normalise, scale)
+    how = (score, groups, top_groups, normalise, scale)
+    *found, _ = route(x_TD, router_ED, bias_E, chosen_TK, top_k, *how)
     gate_SD, up_SD, down_DS = shared
     both_T2S = torch.cat([F.linear(x_TD, gate_SD), F.linear(x_TD, up_SD)], dim=-1)
     return F.linear(swiglu(both_T2S, limit), down_DS) + experts(x_TD, *found, *routed, limit)

@@ -9,37 +9,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels.autocast import full_precision
+
 
 def route(
     x_TD: Tensor,
     weight_ED: Tensor,
-    bias_E: Tensor,
+    bias_E: Tensor | None,
+    chosen_TK: Tensor | None,
     top_k: int,
     score: str,
     groups: int,
     top_groups: int,
     normalise: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(indices [T, K], weights [T, K] fp32). Raises `ValueError` for a score that does not exist."""
-    scores_TE = affinities(x_TD, weight_ED, score)
-    choice_TE = _within_best_groups(scores_TE.detach() + bias_E, groups, top_groups)
-    indices_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices
-    return indices_TK, mixing(scores_TE.gather(1, indices_TK), normalise, scale)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices [T, K], weights [T, K], affinities [T, E]). Raises `ValueError` for a score that does not exist."""
+    scores_TE = affinities(logits(x_TD, weight_ED), score)
+    indices_TK = chosen_TK
+    if indices_TK is None:
+        choice_TE = _within_best_groups(scores_TE.detach() + bias_E, groups, top_groups)
+        indices_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices
+    weights_TK = scores_TE.gather(1, indices_TK)
+    if normalise:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return indices_TK, weights_TK * scale, scores_TE
 
 
-def affinities(x_TD: Tensor, weight_ED: Tensor, score: str) -> Tensor:
-    """Of each token to each expert, [T, E] fp32, whatever the autocast."""
+def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """[T, E] fp32, whatever the autocast."""
+    with full_precision(x_TD.device):
+        return F.linear(x_TD.float(), weight_ED.float())
+
+
+def affinities(logits_TE: Tensor, score: str) -> Tensor:
+    """Of each token to each expert: their sigmoid, or the square root of their softplus."""
     if score not in ("sigmoid", "sqrt_softplus"):
         raise ValueError(f"the router has no score {score!r}; choose 'sigmoid' or 'sqrt_softplus'")
-    with torch.autocast(x_TD.device.type, enabled=False):
-        logits_TE = F.linear(x_TD.float(), weight_ED.float())
     return logits_TE.sigmoid() if score == "sigmoid" else F.softplus(logits_TE).sqrt()
-
-
-def mixing(weights_TK: Tensor, normalise: bool, scale: float) -> Tensor:
-    """Weights of the chosen experts from their affinities."""
-    return (weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20) if normalise else weights_TK) * scale
 
 
 def _within_best_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels.reference import router as reference
 from moe_kernels.triton.tiles import ELEMENTS, fit, grid
@@ -22,19 +21,20 @@ from moe_kernels.triton.tiles import ELEMENTS, fit, grid
 def route(
     x_TD: Tensor,
     weight_ED: Tensor,
-    bias_E: Tensor,
+    bias_E: Tensor | None,
+    chosen_TK: Tensor | None,
     top_k: int,
     score: str,
     groups: int,
     top_groups: int,
     normalise: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(indices [T, K], weights [T, K] fp32). Raises `ValueError` for a score that does not exist."""
-    if score not in ("sigmoid", "sqrt_softplus") or not fit(x_TD, weight_ED):
-        return reference.route(x_TD, weight_ED, bias_E, top_k, score, groups, top_groups, normalise, scale)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        logits_TE = F.linear(x_TD.float(), weight_ED.float())
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices [T, K], weights [T, K], affinities [T, E]). Experts that are given take the reference."""
+    if chosen_TK is not None or score not in ("sigmoid", "sqrt_softplus") or not fit(x_TD, weight_ED):
+        how = (score, groups, top_groups, normalise, scale)
+        return reference.route(x_TD, weight_ED, bias_E, chosen_TK, top_k, *how)
+    logits_TE = reference.logits(x_TD, weight_ED)
     bias = bias_E.detach().float().contiguous()
     return _TopK.apply(logits_TE, bias, top_k, score == "sigmoid", groups, top_groups, normalise, scale)
 
@@ -44,25 +44,26 @@ class _TopK(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TE: Tensor, bias_E: Tensor, top_k: int, sigmoid: bool,
         groups: int, top_groups: int, normalise: bool, scale: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         tokens, experts = logits_TE.shape
         indices_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
-        weights_TK, sizes = logits_TE.new_empty(tokens, top_k), _sizes(tokens, experts)
+        weights_TK, scores_TE = logits_TE.new_empty(tokens, top_k), torch.empty_like(logits_TE)
+        sizes = _sizes(tokens, experts)
         _forward[grid(triton.cdiv(tokens, sizes[1]), logits_TE)](
-            logits_TE, bias_E, indices_TK, weights_TK, tokens, scale, *sizes,
+            logits_TE, bias_E, indices_TK, weights_TK, scores_TE, tokens, scale, *sizes,
             top_k, triton.next_power_of_2(top_k), groups, top_groups, sigmoid, normalise,
         )  # fmt: skip
         ctx.mark_non_differentiable(indices_TK)
         ctx.save_for_backward(logits_TE, indices_TK)
         ctx.numbers = sigmoid, normalise, scale
-        return indices_TK, weights_TK
+        return indices_TK, weights_TK, scores_TE
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, grad_TK: Tensor, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         logits_TE, indices_TK = ctx.saved_tensors
         (tokens, experts), (sigmoid, normalise, scale) = logits_TE.shape, ctx.numbers
         d_logits_TE, sizes = torch.empty_like(logits_TE), _sizes(tokens, experts)
-        tensors = (grad_TK.contiguous(), logits_TE, indices_TK, d_logits_TE)
+        tensors = (grad_TK.contiguous(), grad_TE.contiguous(), logits_TE, indices_TK, d_logits_TE)
         numbers = (*sizes, indices_TK.shape[1], sigmoid, normalise)
         _backward[grid(triton.cdiv(tokens, sizes[1]), logits_TE)](*tensors, tokens, scale, *numbers)
         return d_logits_TE, *[None] * 7
@@ -116,7 +117,7 @@ def _within_best_groups(
 
 @triton.jit
 def _forward(
-    logits, bias, indices, weights, tokens, scale,
+    logits, bias, indices, weights, scores, tokens, scale,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr, PADDED: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -127,6 +128,7 @@ def _forward(
         token = task * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (token < tokens) & (expert < EXPERTS)
         score = _scores(tl.load(logits + token * EXPERTS + expert, mask=inside, other=0.0), SIGMOID)
+        tl.store(scores + token * EXPERTS + expert, score, mask=inside)
         value = tl.where(expert < EXPERTS, score + push, float("-inf"))
         if GROUPS > 1:
             value = _within_best_groups(value, expert, EXPERTS, COLUMNS, GROUPS, TOP_GROUPS)
@@ -147,11 +149,12 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, logits, indices, d_logits, tokens, scale,
+    grad, d_scores, logits, indices, d_logits, tokens, scale,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Of scores s among which w_k = scale s_k / sum(s): d_s_k = scale (g_k - sum(g s) / sum(s)) / sum(s)."""
+    """Of scores s among which w_k = scale s_k / sum(s): d_s_k = scale (g_k - sum(g s) / sum(s)) / sum(s), beside what
+    the scores get by themselves."""
     expert = tl.arange(0, COLUMNS)[None, :]
     for task in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         token = task * ROWS + tl.arange(0, ROWS)[:, None]
@@ -172,4 +175,5 @@ def _backward(
         steep = tl.sigmoid(logit) / (2.0 * score)
         if SIGMOID:
             steep = score * (1.0 - score)
-        tl.store(d_logits + token * EXPERTS + expert, slope * chosen * steep * scale, mask=inside)
+        direct = tl.load(d_scores + token * EXPERTS + expert, mask=inside, other=0.0)
+        tl.store(d_logits + token * EXPERTS + expert, (slope * chosen * scale + direct) * steep, mask=inside)
