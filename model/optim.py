@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from moe_kernels import device as devices
 from moe_kernels import newton_schulz
-from moe_kernels.reference.newton_schulz import COEFFICIENTS
+from moe_kernels.reference.newton_schulz import COEFFICIENTS, Coefficients
 from torch import Tensor, nn
 
 from model.moe import HashRouter, Router
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         self,
         groups: list[dict[str, Any]],
         learning_rate: float,
-        coefficients: Sequence[tuple[float, float, float]] = COEFFICIENTS,
+        coefficients: Coefficients = COEFFICIENTS,
         dtype: torch.dtype | None = None,
     ) -> None:
         """coefficients, dtype: of `newton_schulz`; dtype None: the one that the device multiplies fastest."""
@@ -101,7 +101,13 @@ def _pack(stacks: list[Stacks], most: int) -> Iterator[list[Stacks]]:
     yield batch
 
 
-def muon(net: nn.Module, learning_rate: float, weight_decay: float, dtype: torch.dtype | None = None) -> Muon:
+def muon(
+    net: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    dtype: torch.dtype | None = None,
+    coefficients: Coefficients = COEFFICIENTS,
+) -> Muon:
     """Muon for the matrices; AdamW (eps 1e-20) for embeddings, head and vectors (DeepSeek-V4, sections 2.4 and 4.2.2).
 
     Fused parameters are split: `gate_up_proj` holds two matrices an expert, the grouped `o_a_proj` one a group.
@@ -115,7 +121,7 @@ def muon(net: nn.Module, learning_rate: float, weight_decay: float, dtype: torch
         {"params": [parameter for _, parameter in _trained(net, "table")], "weight_decay": weight_decay},
         {"params": [parameter for _, parameter in _trained(net, "vector")], "weight_decay": 0.0},
     ]
-    return Muon([group for group in groups if group["params"]], learning_rate, dtype=dtype)
+    return Muon([group for group in groups if group["params"]], learning_rate, coefficients, dtype)
 
 
 def adamw(net: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

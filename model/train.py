@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from moe_kernels import device as devices
+from moe_kernels.reference.newton_schulz import SCHEDULES
 from torch import Tensor
 
 from model.checkpoint import CheckpointStore, CheckpointWriter
@@ -39,6 +40,7 @@ class TrainConfig:
     sequence_length: int
     learning_rate: float
     optimizer: str = "adamw"
+    newton_schulz: str = "deepseek-v4"
     warmup_steps: int = 0
     decay_fraction: float = 1.0
     decay: str = "linear"
@@ -89,8 +91,7 @@ def train(
     devices.be_deterministic(device)
     torch.manual_seed(config.seed)
     net.to(device).train()
-    make = muon if config.optimizer == "muon" else adamw
-    optimizer = make(net, config.learning_rate, config.weight_decay)
+    optimizer = _optimizer(net, config)
     history = _resume(net, optimizer, store, device)
     for step, record in enumerate(history):
         report(step, record)
@@ -109,6 +110,13 @@ def train(
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 writer.save(step + 1, _state(net, optimizer, history, device))
     return history
+
+
+def _optimizer(net: MoETransformer, config: TrainConfig) -> torch.optim.Optimizer:
+    rates = (config.learning_rate, config.weight_decay)
+    if config.optimizer == "muon":
+        return muon(net, *rates, coefficients=SCHEDULES[config.newton_schulz])
+    return adamw(net, *rates)
 
 
 def _batches(rows: Rows, config: TrainConfig, first: int) -> Iterator[Batch]:

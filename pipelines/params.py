@@ -71,6 +71,9 @@ class Training(Section):
     weight_decay: float = Field(0.1, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for matrices, AdamW for the rest")
+    newton_schulz: Literal["deepseek-v4", "polar-express"] = Field(
+        "deepseek-v4", description="muon's polynomials: DeepSeek-V4's ten, or five, arXiv 2505.16932, at half the cost"
+    )
     micro_batch_tokens: int | None = Field(None, ge=8, description="tokens a forward pass; none: the whole batch")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast over fp32 weights")
     seed: int = Field(0, ge=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moe_kernels.reference.newton_schulz import SCHEDULES
 
 from model import ModelConfig, build
 from model.checkpoint import CheckpointStore
@@ -77,6 +78,12 @@ def test_a_stopped_training_ends_with_the_same_bits(tmp_path: Path, stop_after: 
     assert [{k: v for k, v in r.items() if k not in drop} for r in again] == [
         {k: v for k, v in r.items() if k not in drop} for r in records
     ]
+
+
+def test_muon_takes_the_polynomials_that_are_asked_for(tmp_path: Path) -> None:
+    weights = [run(tmp_path / name, replace(CONFIG, newton_schulz=name))[0].lm_head.weight for name in SCHEDULES]
+    assert not torch.equal(*weights) and torch.allclose(*weights, atol=0.02)
+    assert torch.equal(weights[list(SCHEDULES).index("deepseek-v4")], run(tmp_path / "default")[0].lm_head.weight)
 
 
 def test_micro_batches_change_rounding_alone(tmp_path: Path) -> None:
