@@ -265,7 +265,7 @@ def test_route_takes_the_first_of_equal_experts_and_large_logits() -> None:
         assert x.grad.isfinite().all() and scores.max().item() == pytest.approx(1.0 if score == "sigmoid" else 300**0.5)
 
 
-def test_route_refuses_what_does_not_exist() -> None:
+def test_a_router_refuses_what_does_not_exist() -> None:
     x, weight = random(3, 4), random(6, 4)
     with pytest.raises(RuntimeError, match="expert 6 does not exist"):
         moe_kernels.route(x, weight, None, 1, chosen_TK=torch.full((3, 1), 6))

@@ -172,7 +172,7 @@ def _backward(
         if NORMALISE:
             total = tl.sum(score * chosen, axis=1)[:, None] + 1e-20
             slope = (slope - tl.sum(slope * score, axis=1)[:, None] / total) / total
-        steep = tl.sigmoid(logit) / (2.0 * score)
+        steep = tl.sigmoid(logit) / (2.0 * tl.maximum(score, 1e-19))
         if SIGMOID:
             steep = score * (1.0 - score)
         direct = tl.load(d_scores + token * EXPERTS + expert, mask=inside, other=0.0)
