@@ -177,11 +177,15 @@ def test_attention_of_views_that_are_not_contiguous() -> None:
 
 
 def expert_inputs(tokens: int, width: int, inner: int, count: int, top_k: int, dtype: torch.dtype = FP32) -> list[Any]:
+    gate_up, down = random(count, 2 * inner, width) * width**-0.5, random(count, width, inner) * inner**-0.5
+    chosen, weights = chosen_experts(tokens, count, top_k), random(tokens, top_k).abs()
+    return [random(tokens, width).to(dtype), chosen, weights, gate_up.to(dtype), down.to(dtype)]
+
+
+def chosen_experts(tokens: int, count: int, top_k: int) -> Tensor:
     """The last expert gets no token."""
     scores = torch.rand(tokens, count - 1, generator=torch.Generator().manual_seed(tokens))
-    gate_up, down = random(count, 2 * inner, width) * width**-0.5, random(count, width, inner) * inner**-0.5
-    chosen, weights = scores.argsort(dim=1)[:, :top_k].contiguous(), random(tokens, top_k).abs()
-    return [random(tokens, width).to(dtype), chosen, weights, gate_up.to(dtype), down.to(dtype)]
+    return scores.argsort(dim=1)[:, :top_k].contiguous()
 
 
 @DTYPES
@@ -271,20 +275,17 @@ def test_a_router_refuses_what_does_not_exist() -> None:
         moe_kernels.route(x, weight, None, 1, chosen_TK=torch.full((3, 1), 6))
     with pytest.raises(RuntimeError, match="cannot take 7 of 6 experts"):
         moe_kernels.route(x, weight, torch.zeros(6), 7)
+    with pytest.raises(RuntimeError, match="expert 6 does not exist"):
+        moe_kernels.balance(torch.full((3, 1), 6), random(3, 6).sigmoid(), torch.zeros(1, 3, dtype=torch.int64))
 
 
 def balance_inputs(rows: int, length: int, count: int, top_k: int, padded: bool) -> list[Any]:
-    """Documents of about eight tokens; the last expert gets none."""
+    """Documents of about eight tokens."""
     starts, places = random(rows, length, seed=1) > 1.2, torch.arange(length)
     first = torch.where(starts, places, 0).cummax(dim=1).values
-    chosen = _chosen(rows * length, count, top_k)
+    chosen = chosen_experts(rows * length, count, top_k)
     real = random(rows, length, seed=2) > -0.7 if padded else None
     return [chosen, random(rows * length, count).sigmoid(), first, real]
-
-
-def _chosen(tokens: int, count: int, top_k: int) -> Tensor:
-    scores = torch.rand(tokens, count - 1, generator=torch.Generator().manual_seed(tokens))
-    return scores.argsort(dim=1)[:, :top_k].contiguous()
 
 
 @pytest.mark.parametrize("padded", [False, True])

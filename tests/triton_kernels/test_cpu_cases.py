@@ -13,16 +13,8 @@ import torch
 FILE = Path(__file__).parents[1] / "parity" / "test_cpu_kernels.py"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 LONGEST = 80  # axis of a shape
-PARITY = (
-    "attention",
-    "experts",
-    "hyper",
-    "rms_norm",
-    "rotate",
-    "route",
-    "swiglu",
-    "window_attention",
-)  # how their names begin
+# how their names begin
+PARITY = ("attention", "experts", "hyper", "rms_norm", "rotate", "route", "swiglu", "window_attention")
 
 
 def cpu_kernels() -> ModuleType:

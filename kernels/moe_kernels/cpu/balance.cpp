@@ -2,8 +2,8 @@
 //
 // Shapes: B rows of S tokens, T = B S, E experts, K experts per token.
 //
-// One pass over the affinities for the sums of each document, which also take a logarithm an expert for the entropy, and
-// one, while they lie in a cache, for the slope of the loss: 2 E numbers a token. Rows are divided among threads.
+// One pass over the affinities for the sums of each document, which also take a logarithm an expert for the entropy,
+// and one, while they lie in a cache, for the slope of the loss: 2 E numbers a token. Rows are divided among threads.
 #include <numeric>
 
 #include "vector.h"
@@ -67,12 +67,16 @@ void add_document(const Tokens& own, float factor, Row& row, float* slope) {
   }
 }
 
-// (loss, mean entropy, slope of the loss [T, E], load of each expert); first: where each token's document begins in its row.
+// (loss, mean entropy, slope of the loss [T, E], load of each expert); first: where a token's document begins in its row.
 std::tuple<Tensor, Tensor, Tensor, Tensor> balance(const Tensor& indices, const Tensor& affinities, const Tensor& first,
                                                    const std::optional<Tensor>& real) {
   const int64_t rows = first.size(0), length = first.size(1), experts = affinities.size(1);
   const bool* counted = real ? static_cast<const bool*>(real->const_data_ptr()) : nullptr;
-  const int64_t tokens = rows * length, count = counted ? std::accumulate(counted, counted + tokens, int64_t{}) : tokens;
+  const int64_t tokens = rows * length, pairs = indices.numel();
+  const int64_t count = counted ? std::accumulate(counted, counted + tokens, int64_t{}) : tokens;
+  for (int64_t i = 0; i < pairs; i++)
+    STD_TORCH_CHECK(integers(indices)[i] >= 0 && integers(indices)[i] < experts, "expert ", integers(indices)[i],
+                    " does not exist");
   const float factor = float(experts) / indices.size(1) / std::max<int64_t>(count, 1);
   Tensor load = torch::stable::new_empty(indices, {experts}), slope = torch::stable::empty_like(affinities);
   Tensor entropy = torch::stable::new_empty(affinities, {}), loss = torch::stable::new_empty(affinities, {});

@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, const std::option
   return {weights, scores, indices};
 }
 
-// Weights w_k = scale a_k / S, S = sum of the a_k: d_a_k = scale (g_k - sum(g a) / S) / S, beside what the affinities get
-// by themselves; then the slope of the score.
+// Weights w_k = scale a_k / S, S = sum of the a_k: d_a_k = scale (g_k - sum(g a) / S) / S, beside what the affinities
+// get by themselves; then the slope of the score.
 Tensor route_backward(const Tensor& d_weights, const Tensor& d_scores, const Tensor& logits, const Tensor& indices,
                       const Tensor& scores, bool sigmoid_score, bool normalise, double scale) {
   const int64_t tokens = logits.size(0), experts = logits.size(1), choices = indices.size(1);
@@ -56,7 +56,8 @@ Tensor route_backward(const Tensor& d_weights, const Tensor& d_scores, const Ten
       for (int64_t k = 0; k < choices; k++) to[chosen[k]] += how.scale * (grad[k] - shared) * inverse;
       along(experts, [&](int64_t at, auto get, auto put) {
         const V a = get(affinity + at);
-        const V slope = sigmoid_score ? a * (1.0f - a) : sigmoid(get(floats(logits) + t * experts + at)) / (2.0f * most(a, splat(SMALLEST)));
+        const V logit = get(floats(logits) + t * experts + at);
+        const V slope = sigmoid_score ? a * (1.0f - a) : sigmoid(logit) / (2.0f * most(a, splat(SMALLEST)));
         put(to + at, get(to + at) * slope);
       });
     }

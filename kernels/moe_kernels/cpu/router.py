@@ -15,8 +15,6 @@ from moe_kernels.cpu.linear import linear
 from moe_kernels.cpu.operators import FLOATS, operator
 from moe_kernels.reference import router as reference
 
-SCORES = ("sigmoid", "sqrt_softplus")
-
 
 def route(
     x_TD: Tensor,
@@ -31,7 +29,7 @@ def route(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(indices [T, K], weights [T, K], affinities [T, E])."""
-    if score not in SCORES or x_TD.dtype not in FLOATS or weight_ED.dtype not in FLOATS:
+    if score not in reference.SCORES or x_TD.dtype not in FLOATS or weight_ED.dtype not in FLOATS:
         how = (score, groups, top_groups, normalise, scale)
         return reference.route(x_TD, weight_ED, bias_E, chosen_TK, top_k, *how)
     with full_precision(x_TD.device):

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from moe_kernels.autocast import full_precision
 
+SCORES = ("sigmoid", "sqrt_softplus")
+
 
 def route(
     x_TD: Tensor,
@@ -44,7 +46,7 @@ def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 def affinities(logits_TE: Tensor, score: str) -> Tensor:
     """Of each token to each expert: their sigmoid, or the square root of their softplus."""
-    if score not in ("sigmoid", "sqrt_softplus"):
+    if score not in SCORES:
         raise ValueError(f"the router has no score {score!r}; choose 'sigmoid' or 'sqrt_softplus'")
     return logits_TE.sigmoid() if score == "sigmoid" else F.softplus(logits_TE).sqrt()
 

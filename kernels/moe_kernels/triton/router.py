@@ -31,7 +31,7 @@ def route(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(indices [T, K], weights [T, K], affinities [T, E]). Experts that are given take the reference."""
-    if chosen_TK is not None or score not in ("sigmoid", "sqrt_softplus") or not fit(x_TD, weight_ED):
+    if chosen_TK is not None or score not in reference.SCORES or not fit(x_TD, weight_ED):
         how = (score, groups, top_groups, normalise, scale)
         return reference.route(x_TD, weight_ED, bias_E, chosen_TK, top_k, *how)
     logits_TE = reference.logits(x_TD, weight_ED)
