@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_kernels import cross_entropy as each_cross_entropy
 from moe_kernels import cross_entropy_with_gradient, linear
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +52,12 @@ def cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tens
     The gradients are made chunk by chunk in the forward pass, so logits are computed once and never kept.
     """
     return _CrossEntropy.apply(hidden_TD, head_VD, targets_T)
+
+
+def token_losses(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """-log softmax(hidden @ head.T)[target] of each token in nats, fp32 [T]; 0 where the target is `IGNORED`."""
+    chunks = zip(hidden_TD.split(CHUNK), targets_T.split(CHUNK), strict=True)
+    return torch.cat([each_cross_entropy(linear(part_PD, head_VD), target_P, IGNORED) for part_PD, target_P in chunks])
 
 
 class _CrossEntropy(torch.autograd.Function):

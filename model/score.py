@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.losses import IGNORED, token_losses
 from model.transformer import MoETransformer
 
-LOGITS = 1 << 25  # numbers of logits that exist at the same time
+TOKENS = 8192  # that go through the model at a time
 MEANS = ("router_entropy", "indexer_recall")
 
 
@@ -39,7 +40,7 @@ def score(
     nats = [np.zeros(max(len(ids) - 1, 0)) for ids in documents]
     load_ME = torch.zeros(0, dtype=torch.int64)
     for length, group in sorted(by_length.items()):
-        rows = max(1, LOGITS // (length * net.config.vocab_size))
+        rows = max(1, TOKENS // length)
         for part in (group[at : at + rows] for at in range(0, len(group), rows)):
             ids_BS = torch.from_numpy(np.stack([documents[d][s : s + length] for d, s in part]).astype(np.int64))
             losses_BS, load = _losses(net, ids_BS.to(device))
@@ -94,6 +95,7 @@ def _starts(length: int, window: int) -> range:
 
 
 def _losses(net: MoETransformer, ids_BS: Tensor) -> tuple[np.ndarray, Tensor]:
-    out = net(ids_BS)
-    losses = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids_BS), -1).cpu().double().numpy(), out.expert_load.cpu()
+    out = net(ids_BS, with_logits=False)
+    targets_BS = F.pad(ids_BS[:, 1:], (0, 1), value=IGNORED)
+    losses_T = token_losses(out.hidden.flatten(0, 1), net.lm_head.weight, targets_BS.flatten())
+    return losses_T.view_as(ids_BS)[:, :-1].cpu().double().numpy(), out.expert_load.cpu()
