@@ -43,11 +43,14 @@ def score(
         rows = max(1, TOKENS // length)
         for part in (group[at : at + rows] for at in range(0, len(group), rows)):
             ids_BS = torch.from_numpy(np.stack([documents[d][s : s + length] for d, s in part]).astype(np.int64))
-            losses_BS, load = _losses(net, ids_BS.to(device))
+            targets_BS = F.pad(ids_BS[:, 1:], (0, 1), value=IGNORED)
+            for row, (_, start) in zip(targets_BS, part, strict=True):
+                row[: _context(start, sequence_length)] = IGNORED
+            losses_BS, load = _losses(net, ids_BS.to(device), targets_BS.to(device))
             load_ME = load_ME + load if len(load_ME) else load
             for (d, start), row in zip(part, losses_BS, strict=True):
-                new = 0 if start == 0 else sequence_length // 2 - 1
-                nats[d][start + new : start + length - 1] = row[new:]
+                new = _context(start, sequence_length)
+                nats[d][start + new : start + length - 1] = row[new:-1]
             advance(ids_BS.numel())
     return nats, load_ME
 
@@ -90,12 +93,21 @@ def _starts(length: int, window: int) -> range:
     """First tokens of the windows; a document of one token has nothing to score."""
     if length < 2:
         return range(0)
-    step = max(window // 2, 1)
+    step = _step(window)
     return range(0, max(length - window, 0) + step, step) if length > window else range(1)
 
 
-def _losses(net: MoETransformer, ids_BS: Tensor) -> tuple[np.ndarray, Tensor]:
-    out = net(ids_BS, with_logits=False)
-    targets_BS = F.pad(ids_BS[:, 1:], (0, 1), value=IGNORED)
-    losses_T = token_losses(out.hidden.flatten(0, 1), net.lm_head.weight, targets_BS.flatten())
-    return losses_T.view_as(ids_BS)[:, :-1].cpu().double().numpy(), out.expert_load.cpu()
+def _step(window: int) -> int:
+    return max(window // 2, 1)
+
+
+def _context(start: int, window: int) -> int:
+    """How many predictions of a window an earlier one has made already."""
+    return window - 1 - _step(window) if start else 0
+
+
+def _losses(net: MoETransformer, ids_BS: Tensor, targets_BS: Tensor) -> tuple[np.ndarray, Tensor]:
+    out, counts_BS = net(ids_BS, with_logits=False), targets_BS != IGNORED
+    losses_BS = torch.zeros(ids_BS.shape, device=ids_BS.device)
+    losses_BS[counts_BS] = token_losses(out.hidden[counts_BS], net.lm_head.weight, targets_BS[counts_BS])
+    return losses_BS.cpu().double().numpy(), out.expert_load.cpu()

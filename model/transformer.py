@@ -52,7 +52,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        empty_VD = torch.empty(config.vocab_size, config.hidden_size)  # filled by `build` or from a file
+        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.is_v4:

@@ -48,13 +48,15 @@ class Archive(Protocol):
 class _Tar:
     def __init__(self, path: Path) -> None:
         self.tar = tarfile.open(path)  # noqa: SIM115  closed by its owner
+        self.members: dict[str, tarfile.TarInfo] = {}  # `getmember` would search through all of them
 
     def entries(self) -> Iterator[Entry]:
         for member in self.tar:
+            self.members[member.name] = member
             yield Entry(member.name, member.size, member.isreg(), member.isdir())
 
     def open(self, name: str) -> IO[bytes]:
-        opened = self.tar.extractfile(name)
+        opened = self.tar.extractfile(self.members[name])
         assert opened is not None, "only regular files are opened"
         return opened
 

@@ -29,27 +29,26 @@ TRAINING_BYTES = 256 << 20  # training text that the byte model counts at most
 
 
 def baselines(params: Evaluate, clean: Path, run: Run | None = None) -> dict[str, Any]:
-    """Bits per byte of both models on the held-out sample, over all and by source."""
+    """Bits per byte of both models on the held-out sample."""
     table = documents(clean, ["text", "split"])
     train = [text.encode() for text in table["text"][table["split"] == "train"]]
-    scored = heldout(clean, params.max_bytes)
-    sources = {source: [text.encode() for text in group] for source, group in scored.groupby("source")["text"]}
+    table = heldout(clean, params.max_bytes).sort_values("source", kind="stable")  # as the training text is
+    scored = [text.encode() for text in table["text"]]
     with stage.progress("baselines", 2) as advance, ThreadPoolExecutor() as pool:
-        compressed = pool.submit(xz_bits, train, sources)
+        compressed = pool.submit(xz_bits, train, scored)
         model = KneserNey(_first(train, TRAINING_BYTES))
-        grams = {source: sum(model.bits(text) for text in texts) for source, texts in sources.items()}
+        grams = sum(map(model.bits, scored))
         advance()
         bits = {"xz": compressed.result(), "five_gram": grams}
         advance()
-    size = {source: sum(map(len, texts)) for source, texts in sources.items()}
-    total = {name: sum(by_source.values()) / sum(size.values()) for name, by_source in bits.items()}
-    stage.say(f"baselines  xz {total['xz']:.3f}, 5-gram {total['five_gram']:.3f} bits per byte held out")
-    by_source = {source: {name: bits[name][source] / size[source] for name in bits} for source in sources}
-    return total | {"bytes": sum(size.values()), "by_source": by_source}
+    size = sum(map(len, scored))
+    found = {name: total / size for name, total in bits.items()}
+    stage.say(f"baselines  xz {found['xz']:.3f}, 5-gram {found['five_gram']:.3f} bits per byte held out")
+    return found | {"bytes": size}
 
 
-def xz_bits(train: list[bytes], heldout: dict[str, list[bytes]]) -> dict[str, float]:
-    """Bits that each group of `heldout` adds to the compressed training text."""
+def xz_bits(train: list[bytes], heldout: list[bytes]) -> float:
+    """Bits that `heldout` adds to the compressed training text."""
     window = b"\n".join(_first(train, WINDOW_BYTES))
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": WINDOW_BYTES * 2}]
 
@@ -57,8 +56,8 @@ def xz_bits(train: list[bytes], heldout: dict[str, list[bytes]]) -> dict[str, fl
         return 8 * len(lzma.compress(b"\n".join([window, *texts]), lzma.FORMAT_RAW, filters=filters))
 
     with ThreadPoolExecutor() as pool:
-        before, *after = pool.map(compressed, [[], *heldout.values()])
-    return {group: float(bits - before) for group, bits in zip(heldout, after, strict=True)}
+        before, after = pool.map(compressed, [[], heldout])
+    return float(after - before)
 
 
 class KneserNey:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import moe_kernels
@@ -390,7 +391,7 @@ def test_rotate(shape: tuple[int, ...], inverse: bool, dtype: torch.dtype) -> No
 
 @DTYPES
 @pytest.mark.parametrize(("tokens", "words"), [(1, 1), (7, 33), (40, 4096), (5, 16), (0, 8)])
-def test_cross_entropy_with_gradient(tokens: int, words: int, dtype: torch.dtype) -> None:
+def test_cross_entropy(tokens: int, words: int, dtype: torch.dtype) -> None:
     logits, scale = random(tokens, words, dtype=dtype) * 4, torch.tensor(0.3)
     targets = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(0))
     targets[1::3] = -100
@@ -401,8 +402,14 @@ def test_cross_entropy_with_gradient(tokens: int, words: int, dtype: torch.dtype
     assert (losses.dtype, gradient.dtype) == (FP32, dtype)
     assert distance(losses, theirs) <= TOLERANCE[FP32]
     assert distance(gradient, exact.grad) <= TOLERANCE[dtype]
-    with pytest.raises(RuntimeError, match="there is no word 99999"):
-        moe_kernels.cross_entropy_with_gradient(random(1, words), torch.tensor([99999]), scale)
+    logits.requires_grad_()
+    alone = moe_kernels.cross_entropy(logits, targets)
+    (alone.sum() * scale).backward()
+    assert moe_kernels.chosen(torch.device("cpu"))["cross_entropy"] == BACKEND and torch.equal(alone, losses)
+    assert distance(logits.grad, exact.grad) <= TOLERANCE[dtype]
+    for call in (moe_kernels.cross_entropy, partial(moe_kernels.cross_entropy_with_gradient, scale=scale)):
+        with pytest.raises(RuntimeError, match="there is no word 99999"):
+            call(random(1, words), torch.tensor([99999]))
 
 
 MATRICES = [(3, 128, 256), (2, 256, 128), (1, 7, 5), (2, 70, 33), (1, 300, 300), (4, 1, 9), (0, 4, 4)]

@@ -17,6 +17,7 @@ from model.lora import add_lora, merge_lora
 from model.losses import cross_entropy
 from model.optim import adamw, balance_experts
 from model.schedule import learning_rate
+from model.score import score, window_tokens
 
 TINY = ModelConfig(
     model_type="deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
@@ -71,6 +72,23 @@ def test_chunked_cross_entropy_equals_torch(monkeypatch) -> None:
         torch.autograd.grad(ours * 3, [hidden, head]), torch.autograd.grad(theirs * 3, [hidden, head]), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [2, 7, 8, 64])
+def test_a_token_is_scored_once_in_the_first_window_that_holds_it(net, monkeypatch, window: int) -> None:
+    monkeypatch.setattr("model.score.TOKENS", 2 * window)
+    documents = [np.random.default_rng(n).integers(0, 64, n) for n in (0, 1, 2, 7, 8, 9, 21, 40, 40)]
+    seen = []
+    nats, load_ME = score(net, documents, window, torch.device("cpu"), seen.append)
+    assert sum(seen) == window_tokens(documents, window) == load_ME.sum() / TINY.num_experts_per_tok
+    for ids, found in zip(documents, nats, strict=True):
+        expected = np.zeros(max(len(ids) - 1, 0))
+        for token in range(1, len(ids)):
+            start = 0 if token < window else (token - window) // (window // 2) * (window // 2) + window // 2
+            with torch.no_grad():
+                log_p = net(torch.from_numpy(ids[start:token])[None]).logits[0, -1].log_softmax(-1)
+            expected[token - 1] = -log_p[ids[token]]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_head_s_gradient_is_summed_in_fp32_whatever_its_type(monkeypatch) -> None:
