@@ -15,6 +15,7 @@ import torch
 from moe_kernels import (
     cached_window_attention,
     decode_compressed_attention,
+    index_scores,
     linear,
     rms_norm,
     rotate,
@@ -30,8 +31,7 @@ from model.linear import Linear
 from model.norm import RMSNorm
 from model.precision import rounded
 
-SCORES = 1 << 26  # indexer scores by head that exist at the same time
-HIDDEN = -1e30  # the score of an entry that a query does not see
+HIDDEN = -1e30  # the score of an entry that a query does not attend to
 
 
 class CompressedAttention(nn.Module):
@@ -103,8 +103,7 @@ class CompressedAttention(nn.Module):
         all_chosen = context.sparse and visible_BST.shape[-1] <= self.config.index_topk
         if all_chosen and not self.training and context.cache is None:
             return entries_BTD, visible_BST, None
-        scores_BST = indexer.scores(x_BSD.detach(), query_BSR.detach(), context, layer)
-        scores_BST = scores_BST.masked_fill(~visible_BST, HIDDEN)
+        scores_BST = indexer.scores(x_BSD.detach(), query_BSR.detach(), visible_BST, context, layer)
         if context.sparse:
             stable = context.cache is not None
             visible_BST = visible_BST & best(scores_BST, self.config.index_topk, stable)
@@ -229,22 +228,13 @@ class Indexer(Compressor):
         self.q_b_proj = Linear(c.q_lora_rank, self.heads * self.width)
         self.scorer = nn.ModuleDict({"weights_proj": Linear(c.hidden_size, self.heads)})
 
-    def scores(self, x_BSD: Tensor, query_BSR: Tensor, context: Context, layer: str) -> Tensor:
-        """Of every entry for every token, [B, S, T] fp32."""
+    def scores(self, x_BSD: Tensor, query_BSR: Tensor, visible_BST: Tensor, context: Context, layer: str) -> Tensor:
+        """Of every entry for every token that may see it, [B, S, T] fp32."""
         keys_BTI, _ = self(x_BSD, context, f"{layer} indexer")
         q_BSJI = self.q_b_proj(query_BSR).unflatten(-1, (self.heads, self.width))
         q_BSJI = rotate(q_BSJI, *context.rotation("compress"))
         weights_BSJ = self.scorer["weights_proj"](x_BSD).float() * (self.width * self.heads) ** -0.5
-        part = max(1, SCORES // max(1, len(x_BSD) * self.heads * keys_BTI.shape[1]))
-        pairs = zip(q_BSJI.split(part, dim=1), weights_BSJ.split(part, dim=1), strict=True)
-        return torch.cat([_weighted(q, w, keys_BTI) for q, w in pairs], dim=1)
-
-
-def _weighted(q_BSJI: Tensor, weights_BSJ: Tensor, keys_BTI: Tensor) -> Tensor:
-    """sum_j w_j relu(q_j . k), [B, S, T]."""
-    match_BXT = torch.bmm(q_BSJI.flatten(1, 2), keys_BTI.mT).relu().float()
-    match_XJT = match_BXT.view(-1, q_BSJI.shape[2], keys_BTI.shape[1])
-    return torch.bmm(weights_BSJ.flatten(0, 1).unsqueeze(1), match_XJT).view(*q_BSJI.shape[:2], -1)
+        return index_scores(q_BSJI, weights_BSJ, keys_BTI, visible_BST)
 
 
 def compare_indexer(

@@ -39,6 +39,7 @@ __all__ = [
     "hyper_head",
     "hyper_read",
     "hyper_write",
+    "index_scores",
     "linear",
     "newton_schulz",
     "permute",
@@ -163,6 +164,15 @@ def attention(
     a row.
     """
     return implementation("attention", q_BSHD.device.type)(q_BSHD, k_BTHD, v_BTHV, scale, document_ids_BT)
+
+
+def index_scores(q_BSJI: Tensor, weights_BSJ: Tensor, keys_BTI: Tensor, visible_BST: Tensor) -> Tensor:
+    """The lightning indexer's score of every entry for every token: sum_j w_j relu(q_j . k), [B, S, T] fp32.
+
+    J indexer heads of I channels; weights in fp32. Entries that are not visible [B, S, T] score -1e30. DeepSeek-V3.2,
+    arXiv 2512.02556, equation 1.
+    """
+    return implementation("index_scores", q_BSJI.device.type)(q_BSJI, weights_BSJ, keys_BTI, visible_BST)
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignored: int = -100) -> Tensor:

@@ -39,6 +39,7 @@ OPERATIONS = {  # operation -> the file that holds it
     "hyper_head": "hyper_connection",
     "hyper_read": "hyper_connection",
     "hyper_write": "hyper_connection",
+    "index_scores": "index_scores",
     "linear": "linear",
     "newton_schulz": "newton_schulz",
     "permute": "permute",

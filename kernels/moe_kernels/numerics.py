@@ -420,6 +420,15 @@ def _newton_schulz() -> list[Case]:
     return [Case("wide", moe_kernels.newton_schulz, [wide]), Case("tall", moe_kernels.newton_schulz, [tall])]
 
 
+def _index_scores() -> list[Case]:
+    def case(rows: int, tokens: int, heads: int, channels: int, entries: int) -> Case:
+        visible = (torch.arange(entries) * 4 + 3 <= torch.arange(tokens)[:, None]).expand(rows, -1, -1)
+        inputs = [random(rows, tokens, heads, channels), random(rows, tokens, heads), random(rows, entries, channels)]
+        return Case(f"{tokens} tokens, {entries} entries", moe_kernels.index_scores, [*inputs, visible])
+
+    return [case(2, 70, 3, 16, 17), case(1, 5, 8, 24, 1)]
+
+
 def _adamw_step() -> list[Case]:
     def call(weight: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         weights, gradients = [weight.detach().clone()], [gradient.detach()]
@@ -449,6 +458,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "hyper_head": _hyper_head,
     "hyper_read": _hyper_read,
     "hyper_write": _hyper_write,
+    "index_scores": _index_scores,
     "linear": _linear,
     "newton_schulz": _newton_schulz,
     "permute": _permute,

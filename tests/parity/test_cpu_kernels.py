@@ -11,7 +11,16 @@ import moe_kernels
 import pytest
 import torch
 from moe_kernels.cpu import library
-from moe_kernels.reference import attention, balance, experts, hyper_connection, newton_schulz, swiglu, window_attention
+from moe_kernels.reference import (
+    attention,
+    balance,
+    experts,
+    hyper_connection,
+    index_scores,
+    newton_schulz,
+    swiglu,
+    window_attention,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -307,6 +316,32 @@ def test_balance_of_nothing_but_padding_is_zero() -> None:
     assert not load.any() and not scores.grad.any() and (entropy, loss) == (0, 0)
 
 
+def index_inputs(rows: int, tokens: int, heads: int, channels: int, entries: int, dtype: torch.dtype) -> list[Any]:
+    """Entries of four tokens, some of which are hidden from all, as those of another document are."""
+    tensors = [random(rows, tokens, heads, channels, dtype=dtype), random(rows, tokens, heads)]
+    visible = (torch.arange(entries) * 4 + 3 <= torch.arange(tokens)[:, None]) & (torch.arange(entries) % 7 != 2)
+    return [*tensors, random(rows, entries, channels, dtype=dtype), visible.expand(rows, -1, -1)]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 150, 8, 32, 37), (1, 1100, 2, 16, 275), (1, 9, 70, 24, 2), (2, 40, 1, 2, 3), (1, 3, 2, 6, 5), (2, 4, 3, 5, 0)],
+    ids=str,
+)
+def test_index_scores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = index_inputs(*shape, dtype=dtype)
+    assert moe_kernels.chosen(torch.device("cpu"))["index_scores"] == BACKEND
+    visible = inputs[3]
+    ours, theirs = (
+        outputs_and_gradients(lambda *given, call=call: call(*given).masked_fill(~visible, 0.0), inputs, exact)
+        for call, exact in ((moe_kernels.index_scores, None), (index_scores.index_scores, FP64))
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert distance(mine, other) <= TOLERANCE[FP32 if mine.dtype is FP32 else dtype]
+    assert (moe_kernels.index_scores(*inputs)[~visible] == -1e30).all()
+
+
 LAYERS = [(1, 8, 6), (32, 1, 1), (33, 7, 5), (65, 24, 40), (700, 66, 100), (530, 1100, 70), (50, 48, 1200), (0, 4, 6)]
 
 
@@ -473,6 +508,10 @@ def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
     k[0, 4] = torch.nan
     out = moe_kernels.attention(*(tensor.to(dtype) for tensor in (q, k, v)), others[0], None)
     assert out[0, 4:].isnan().all()
+    q, weights, keys, visible = index_inputs(1, 9, 2, 8, 2, dtype)
+    keys[0, 1] = torch.nan
+    scores = moe_kernels.index_scores(q, weights, keys, visible)
+    assert visible[..., 1].any() and torch.equal(scores.isnan(), visible & torch.tensor([False, True]))
 
 
 def rotate_inputs() -> list[Any]:
@@ -482,10 +521,12 @@ def rotate_inputs() -> list[Any]:
 CASES = {
     "attention": causal_inputs(2, 150, 150, 2, 24, 16),
     "balance": balance_inputs(3, 90, 20, 4, padded=True),
+    "cross_entropy": [random(60, 48), torch.arange(60) % 48, -100],
     "cross_entropy_with_gradient": [random(60, 48), torch.arange(60) % 48, torch.tensor(0.5), -100],
     "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
     "hyper_read": read_inputs(900, 4, 48),
     "hyper_write": write_inputs(900, 4, 48),
+    "index_scores": index_inputs(2, 300, 8, 16, 75, FP32),
     "linear": [random(1100, 48), random(70, 48)],
     "rms_norm": [random(900, 48), random(48), 1e-6],
     "rotate": [*rotate_inputs(), True],

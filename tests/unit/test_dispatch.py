@@ -20,6 +20,7 @@ from moe_kernels.triton import library
 ROOT = Path(__file__).parents[2]
 WITHOUT_OPERATOR = {"hyper_write", "newton_schulz", "route", "balance", "hyper_head", "skinny_linear"}  # of torch_npu
 WITHOUT_OPERATOR |= {"linear", "decode_compressed_attention", "decode_experts", "decode_latent_attention"}
+WITHOUT_OPERATOR |= {"index_scores"}
 CUDA, NPU = torch.device("cuda"), SimpleNamespace(type="npu")  # PyTorch alone knows no device of that name
 
 
