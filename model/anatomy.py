@@ -16,7 +16,7 @@ from moe_kernels.reference.hyper_connection import projected
 from moe_kernels.reference.sinkhorn import sinkhorn
 from torch import Tensor
 
-from model.compressed_attention import HIDDEN, CompressedAttention, best
+from model.compressed_attention import CompressedAttention, best
 from model.context import Context
 from model.hyper_connections import HyperConnection
 
@@ -113,7 +113,7 @@ def _scores(attention: CompressedAttention, x_1SD: Tensor, context: Context, vis
     if indexer is None:
         return None
     query_1SR = attention.q_a_norm(attention.q_a_proj(x_1SD))
-    return indexer.scores(x_1SD, query_1SR, context, "anatomy")[0].masked_fill(~visible_ST, HIDDEN)
+    return indexer.scores(x_1SD, query_1SR, visible_ST[None], context, "anatomy")[0]
 
 
 def recall(dense: AttentionParts, count: int) -> Tensor:
