@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import moe_kernels
 import torch
-from moe_kernels import cross_entropy as each_cross_entropy
-from moe_kernels import cross_entropy_with_gradient, linear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,7 +56,8 @@ def cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tens
 def token_losses(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
     """-log softmax(hidden @ head.T)[target] of each token in nats, fp32 [T]; 0 where the target is `IGNORED`."""
     chunks = zip(hidden_TD.split(CHUNK), targets_T.split(CHUNK), strict=True)
-    return torch.cat([each_cross_entropy(linear(part_PD, head_VD), target_P, IGNORED) for part_PD, target_P in chunks])
+    logits = ((moe_kernels.linear(part_PD, head_VD), target_P) for part_PD, target_P in chunks)
+    return torch.cat([moe_kernels.cross_entropy(logits_PV, target_P, IGNORED) for logits_PV, target_P in logits])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -71,8 +71,10 @@ class _CrossEntropy(torch.autograd.Function):
         for part_PD, to_PD, target_P in zip(*chunks, strict=True):
             with torch.enable_grad():
                 part_PD = part_PD.detach().requires_grad_()
-                logits_PV = linear(part_PD, head_VD)
-            losses_P, d_logits_PV = cross_entropy_with_gradient(logits_PV.detach(), target_P, 1 / count, IGNORED)
+                logits_PV = moe_kernels.linear(part_PD, head_VD)
+            losses_P, d_logits_PV = moe_kernels.cross_entropy_with_gradient(
+                logits_PV.detach(), target_P, 1 / count, IGNORED
+            )
             loss += losses_P.sum()
             d_part_PD, d_part_VD = torch.autograd.grad(logits_PV, (part_PD, head_VD), d_logits_PV)
             to_PD.copy_(d_part_PD)

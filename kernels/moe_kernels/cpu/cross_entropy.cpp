@@ -1,5 +1,6 @@
-// Cross entropy, alone or with the gradient of its logits, in one pass; see reference/cross_entropy.py. Shapes: T tokens,
-// V words.
+// Cross entropy, alone or with the gradient of its logits, in one pass; see reference/cross_entropy.py.
+//
+// Shapes: T tokens, V words.
 //
 // A row of logits (16 kB of 4096 words) stays in the first cache for its maximum, the sum of exponentials and the
 // gradient: 2 numbers a logit from and to memory, 1 without a gradient, where separate operators move a dozen, most of
@@ -10,24 +11,24 @@ namespace {
 
 constexpr int64_t ROWS = 8;
 
-// Logits of one row to exp(logit - the largest), their sum to `all`; returns the logarithm of the logits' own sum of
-// exponentials.
-float exponentials(float* row, int64_t words, float& all) {
+// Logits of one row to exp(logit - the largest); returns (the largest, the sum).
+std::pair<float, float> exponentials(float* row, int64_t words) {
   V top = splat(row[0]), total{};
   int64_t whole = 0;
   for (; whole + W <= words; whole += W) top = load(row + whole) > top ? load(row + whole) : top;
   float part[W];
   store(part, top);
-  const float most = std::max(*std::max_element(part, part + W), *std::max_element(row + std::min(whole, words - 1), row + words));
+  float* rest = row + std::min(whole, words - 1);
+  const float most = std::max(*std::max_element(part, part + W), *std::max_element(rest, row + words));
   along(words, [&](int64_t at, auto get, auto put) { put(row + at, exp(get(row + at) - most)); });
   along(words, [&](int64_t at, auto get, auto) { total += get(row + at); });
-  all = sum(total);
-  return most + __builtin_logf(all);
+  return {most, sum(total)};
 }
 
 // Losses [T], and into `slopes` [T, V], where there is one, the gradient of `scale` times their sum.
 template <class T>
-void cross_entropy_rows(const Tensor& logits, const Tensor& targets, int64_t ignored, float scale, float* losses, T* slopes) {
+void cross_entropy_rows(const Tensor& logits, const Tensor& targets, int64_t ignored, float scale, float* losses,
+                        T* slopes) {
   const int64_t rows = logits.size(0), words = logits.size(1);
   const int64_t* target = integers(targets);
   const T* from = static_cast<const T*>(logits.const_data_ptr());
@@ -43,8 +44,8 @@ void cross_entropy_rows(const Tensor& logits, const Tensor& targets, int64_t ign
       }
       copy(from + n * words, words, row.data());
       const float logit = row[target[n]];
-      float all;
-      losses[n] = exponentials(row.data(), words, all) - logit;
+      const auto [most, all] = exponentials(row.data(), words);
+      losses[n] = most + __builtin_logf(all) - logit;
       if (!slopes) continue;
       const float factor = scale / all;
       along(words, [&](int64_t at, auto get, auto put) { put(&row[at], factor * get(&row[at])); });
