@@ -8,9 +8,9 @@
 // 100 and more where weights stay in a cache; they come from memory twice and their gradients go there once. The rest
 // is 2 D + 3 F numbers a row each way.
 //
-// BLOCK rows at a time go through all products of a pass, so that what lies between them (150 kB in bfloat16 at D 256,
-// F 128) stays in the second cache beside the weights (200 kB); the next expert's weights are fetched meanwhile. For rows
-// in bfloat16 an expert rounds and pairs its weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a
+// One of an expert's two matrices is in use at a time, for up to PART rows, and meanwhile the one that comes next is
+// fetched: with a part's rows (400 kB in fp32 at D 256, F 128) both would not stay in the second cache. For rows in
+// bfloat16 an expert rounds and pairs its weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a
 // weight and step where copies in bfloat16 would take 18. Sums over rows, which are the weights' gradients, leave in fp32
 // as they are, PART rows at a time or fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and inputs
 // are gathered again.
@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t BLOCK = 48;
 constexpr int64_t FETCHED = 1 << 18;  // bytes of a matrix that is fetched ahead at most
 
-// Rows that are summed at a time: as many as the second cache takes beside the weights.
+// Rows that are summed at a time: as many as the second cache takes beside a matrix of weights.
 template <class T>
 constexpr int64_t PART = (sizeof(T) == 2 ? 5 : 4) * BLOCK;
 
@@ -39,15 +39,18 @@ struct Gradients {
   }
 };
 
-// The matrix, of `size` numbers, that this thread needs after expert e if all threads are as fast. It is fetched while
-// e's rows meet one [inner, columns] of its own; a larger one would drive that out of the cache.
+// Expert e's matrix, of `size` numbers, fetched during `steps` inner steps of other products; not one that is so large
+// that it would drive out what they multiply.
 template <class U>
-Ahead next_matrix(const Sizes& z, const U* matrices, int64_t size, int64_t e, int64_t rows, int64_t columns,
-                  int64_t inner) {
-  const int64_t next = e + torch::stable::get_num_threads(), bytes = size * sizeof(U);
-  const auto* at = reinterpret_cast<const char*>(matrices + std::min(next, z.experts - 1) * size);
-  const int64_t steps = parts(rows, HEIGHT) * parts(columns, COLUMNS * W) * inner;
-  return {at, at + bytes, next < z.experts && bytes <= FETCHED ? std::min(LINE, parts(bytes, steps)) : 0};
+Ahead fetched(const Sizes& z, const U* matrices, int64_t size, int64_t e, int64_t steps) {
+  const int64_t bytes = size * sizeof(U);
+  const auto* at = reinterpret_cast<const char*>(matrices + std::min(e, z.experts - 1) * size);
+  return {at, at + bytes, e < z.experts && bytes <= FETCHED ? std::min(LINE, parts(bytes, steps)) : 0};
+}
+
+// Inner steps of rows [rows, inner] times [inner, columns].
+int64_t steps(int64_t rows, int64_t columns, int64_t inner) {
+  return parts(rows, HEIGHT) * parts(columns, COLUMNS * W) * inner;
 }
 
 // Rows `begin` to `begin + count` of the sorted ones.
@@ -55,6 +58,14 @@ template <class T>
 void gather(const Sizes& z, const Routes& routes, const T* x, int64_t begin, int64_t count, Rows<T>& to) {
   for (int64_t i = 0; i < count; i++)
     std::memcpy(to.at(i), x + routes.pairs[begin + i] / z.choices * z.width, z.width * sizeof(T));
+}
+
+// Calls f(first row, rows, whether these are the first) for the parts of an expert's rows, of nearly one size.
+template <class T, class F>
+void each_part(const Routes& routes, int64_t e, const F& f) {
+  const int64_t begin = routes.ends[e], end = routes.ends[e + 1], count = end - begin;
+  const int64_t size = parts(parts(count, parts(count, PART<T>)), BLOCK) * BLOCK;
+  for (int64_t row = begin; row < end; row += size) f(row, std::min(size, end - row), row == begin);
 }
 
 template <class T>
@@ -66,7 +77,7 @@ struct ForwardRoom {
 
   explicit ForwardRoom(const Sizes& z)
       : gate_up(elements<T>(z.width) * 2 * z.inner), down(elements<T>(z.inner) * z.width), in(BLOCK, z.width),
-        hidden(BLOCK, z.inner), both(BLOCK * 2 * z.inner) {}
+        hidden(PART<T>, z.inner), both(BLOCK * 2 * z.inner) {}
 };
 
 template <class T, class U>
@@ -74,95 +85,110 @@ void forward(const Sizes& z, const T* x, const Routes& routes, const float* weig
              float limit, T* kept, T* y) {
   auto rows = std::make_unique_for_overwrite<T[]>(z.rows * z.width);
   each_expert(z.experts, [&] { return ForwardRoom<T>(z); }, [&](int64_t e, ForwardRoom<T>& room) {
-    if (!routes.count(e)) return;
+    const int64_t all = routes.count(e), next = e + torch::stable::get_num_threads();
+    if (!all) return;
+    Ahead own_down = fetched(z, down, z.down(), e, steps(all, 2 * z.inner, room.in.row));
+    Ahead next_gate_up = fetched(z, gate_up, z.both(), next, steps(all, z.width, room.hidden.row));
     lay_across(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), 2 * z.inner);
-    lay_across(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.width);
-    Ahead next_gate_up = next_matrix(z, gate_up, z.both(), e, routes.count(e), 2 * z.inner, room.in.row);
-    Ahead next_down = next_matrix(z, down, z.down(), e, routes.count(e), z.width, room.hidden.row);
-    for (int64_t begin = routes.ends[e]; begin < routes.ends[e + 1]; begin += BLOCK) {
-      const int64_t count = std::min(BLOCK, routes.ends[e + 1] - begin);
-      T* own = kept + begin * 2 * z.inner;
-      float* both = landing(own, room.both);
-      gather(z, routes, x, begin, count, room.in);
-      multiply(count, 2 * z.inner, room.in.row, room.in.from(0), room.gate_up.data(), 2 * z.inner, both, 2 * z.inner,
-               false, next_gate_up);
-      for (int64_t i = 0; i < count; i++) {
-        const float* gate = both + i * 2 * z.inner;
-        swiglu_row(gate, gate + z.inner, z.inner, limit, weights[routes.pairs[begin + i]], room.hidden.at(i));
+    each_part<T>(routes, e, [&](int64_t part, int64_t some, bool first) {
+      for (int64_t at = 0; at < some; at += BLOCK) {
+        const int64_t count = std::min(BLOCK, some - at), begin = part + at;
+        T* own = kept + begin * 2 * z.inner;
+        float* both = landing(own, room.both);
+        gather(z, routes, x, begin, count, room.in);
+        multiply(count, 2 * z.inner, room.in.row, room.in.from(0), room.gate_up.data(), 2 * z.inner, both, 2 * z.inner,
+                 false, own_down);
+        for (int64_t i = 0; i < count; i++) {
+          const float* gate = both + i * 2 * z.inner;
+          swiglu_row(gate, gate + z.inner, z.inner, limit, weights[routes.pairs[begin + i]], room.hidden.at(at + i));
+        }
+        settle(both, count * 2 * z.inner, own);
       }
-      settle(both, count * 2 * z.inner, own);
-      multiply(count, z.width, room.hidden.row, room.hidden.from(0), room.down.data(), z.width,
-               rows.get() + begin * z.width, z.width, false, next_down);
-    }
+      if (first) lay_across(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.width);
+      multiply(some, z.width, room.hidden.row, room.hidden.from(0), room.down.data(), z.width,
+               rows.get() + part * z.width, z.width, false, next_gate_up);
+    });
   });
   combine(routes, rows.get(), z, y);
 }
 
-template <class T>
-struct BackwardRoom {
-  Tiles tiles;
-  std::vector<Element<T>> gate_up, down, pairs[4];
-  Rows<T> in, grad, hidden, both;
-  std::vector<float> d_hidden, d_gate_up, d_down;
+// A matrix of weights for sums over its rows: in place where products take it so, else laid down.
+template <class T, class U>
+struct Weights {
+  std::vector<Element<T>> own;
+  const Element<T>* data;
 
-  BackwardRoom(const Sizes& z, bool rounded)
-      : gate_up(elements<T>(2 * z.inner) * z.width), down(elements<T>(z.width) * z.inner), in(PART<T>, z.width),
-        grad(PART<T>, z.width), hidden(PART<T>, z.inner), both(PART<T>, 2 * z.inner), d_hidden(BLOCK * z.inner),
-        d_gate_up(rounded ? z.both() : 0), d_down(rounded ? z.down() : 0) {}
+  void take(const U* matrix, int64_t count, int64_t width) {
+    if constexpr (std::is_same_v<Element<T>, U>) {
+      data = matrix;
+    } else {
+      own.resize(elements<T>(count) * width);
+      lay_down(matrix, count, width, width, own.data(), width);
+      data = own.data();
+    }
+  }
 };
 
-// BLOCK rows or fewer of a part, from `first` of the part and `row` of all rows on: d_y -> hidden and d_both, d_rows.
-template <class T>
-void backward_block(const Sizes& z, const Routes& routes, BackwardRoom<T>& room, int64_t first, int64_t row,
-                    int64_t count, const float* weights, const T* kept, float limit, float* d_weights, T* d_rows,
-                    Ahead& next_gate_up, Ahead& next_down) {
-  multiply(count, z.inner, room.grad.row, room.grad.from(first), room.down.data(), z.inner, room.d_hidden.data(),
-           z.inner, false, next_down);
+template <class T, class U>
+struct BackwardRoom {
+  Tiles tiles;
+  Weights<T, U> gate_up, down;
+  Rows<T> rows, hidden, d_both;  // rows: of d_y, then of x
+  std::vector<Element<T>> pairs[2];
+  std::vector<float> d_hidden, d_gate_up, d_down;
+
+  explicit BackwardRoom(const Sizes& z)
+      : rows(PART<T>, z.width), hidden(PART<T>, z.inner), d_both(PART<T>, 2 * z.inner), d_hidden(BLOCK * z.inner),
+        d_gate_up(std::is_same_v<U, float> ? 0 : z.both()), d_down(std::is_same_v<U, float> ? 0 : z.down()) {}
+
+  // The weights' gradient that some rows have, or that added to it: to [left.width, right.width].
+  void sum(int64_t count, Rows<T>& left, Rows<T>& right, float* to, bool add, Ahead& next) {
+    const Down<T> a(left, count, pairs[0]), b(right, count, pairs[1]);
+    multiply(left.width, right.width, elements<T>(count), a.transposed(), b.data, b.row, to, right.width, add, next);
+  }
+};
+
+// BLOCK rows or fewer, from `first` of a part and `row` of all rows on: d_y -> hidden and d_both.
+template <class T, class U>
+void activation_backward(const Sizes& z, const Routes& routes, BackwardRoom<T, U>& room, int64_t first, int64_t row,
+                         int64_t count, const float* weights, const T* kept, float limit, float* d_weights,
+                         Ahead& next) {
+  multiply(count, z.inner, room.rows.row, room.rows.from(first), room.down.data, z.inner, room.d_hidden.data(),
+           z.inner, false, next);
   for (int64_t i = 0; i < count; i++) {
     const int64_t pair = routes.pairs[row + i];
     const T *gate = kept + (row + i) * 2 * z.inner, *up = gate + z.inner;
-    T* d_gate = room.both.at(first + i);
+    T* d_gate = room.d_both.at(first + i);
     d_weights[pair] =
         swiglu_row_backward<true>(gate, up, room.d_hidden.data() + i * z.inner, z.inner, limit, weights[pair], d_gate,
                                   d_gate + z.inner, room.hidden.at(first + i));
   }
-  multiply(count, z.width, room.both.row, room.both.from(first), room.gate_up.data(), z.width, d_rows + row * z.width,
-           z.width, false, next_gate_up);
-}
-
-// What the rows of a part give to the weights' gradients, or add to them.
-template <class T>
-void add_part(const Sizes& z, BackwardRoom<T>& room, int64_t count, float* d_gate_up, float* d_down, bool add) {
-  const Down<T> in(room.in, count, room.pairs[0]), grad(room.grad, count, room.pairs[1]);
-  const Down<T> hidden(room.hidden, count, room.pairs[2]), both(room.both, count, room.pairs[3]);
-  multiply(2 * z.inner, z.width, elements<T>(count), both.transposed(), in.data, in.row, d_gate_up, z.width, add);
-  multiply(z.width, z.inner, elements<T>(count), grad.transposed(), hidden.data, hidden.row, d_down, z.inner, add);
 }
 
 template <class T, class U>
 void backward(const Sizes& z, const T* d_y, const T* x, const Routes& routes, const float* weights, const U* gate_up,
               const U* down, const T* kept, float limit, const Gradients<T, U>& to) {
-  constexpr bool rounded = !std::is_same_v<U, float>;
   auto d_rows = std::make_unique_for_overwrite<T[]>(z.rows * z.width);
-  each_expert(z.experts, [&] { return BackwardRoom<T>(z, rounded); }, [&](int64_t e, BackwardRoom<T>& room) {
-    const int64_t begin = routes.ends[e], end = routes.ends[e + 1];
-    if (begin == end) return to.clear(z, e);
+  each_expert(z.experts, [&] { return BackwardRoom<T, U>(z); }, [&](int64_t e, BackwardRoom<T, U>& room) {
+    const int64_t all = routes.count(e), next = e + torch::stable::get_num_threads();
+    if (!all) return to.clear(z, e);
     float *d_gate_up = landing(to.gate_up + e * z.both(), room.d_gate_up);
     float *d_down = landing(to.down + e * z.down(), room.d_down);
-    lay_down(gate_up + e * z.both(), 2 * z.inner, z.width, z.width, room.gate_up.data(), z.width);
-    lay_down(down + e * z.down(), z.width, z.inner, z.inner, room.down.data(), z.inner);
-    Ahead next_gate_up = next_matrix(z, gate_up, z.both(), e, end - begin, z.width, room.both.row);
-    Ahead next_down = next_matrix(z, down, z.down(), e, end - begin, z.inner, room.grad.row);
-    const int64_t size = parts(parts(end - begin, parts(end - begin, PART<T>)), BLOCK) * BLOCK;
-    for (int64_t part = begin; part < end; part += size) {
-      const int64_t count = std::min(size, end - part);
-      gather(z, routes, x, part, count, room.in);
-      gather(z, routes, d_y, part, count, room.grad);
-      for (int64_t at = 0; at < count; at += BLOCK)
-        backward_block(z, routes, room, at, part + at, std::min(BLOCK, count - at), weights, kept, limit, to.weights,
-                       d_rows.get(), next_gate_up, next_down);
-      add_part(z, room, count, d_gate_up, d_down, part > begin);
-    }
+    Ahead own_gate_up = fetched(z, gate_up, z.both(), e, 2 * steps(all, z.inner, room.rows.row));
+    Ahead next_down = fetched(z, down, z.down(), next, 2 * steps(all, z.width, room.d_both.row));
+    room.down.take(down + e * z.down(), z.width, z.inner);
+    each_part<T>(routes, e, [&](int64_t part, int64_t some, bool first) {
+      gather(z, routes, d_y, part, some, room.rows);
+      for (int64_t at = 0; at < some; at += BLOCK)
+        activation_backward(z, routes, room, at, part + at, std::min(BLOCK, some - at), weights, kept, limit,
+                            to.weights, own_gate_up);
+      room.sum(some, room.rows, room.hidden, d_down, !first, own_gate_up);
+      if (first) room.gate_up.take(gate_up + e * z.both(), 2 * z.inner, z.width);
+      gather(z, routes, x, part, some, room.rows);
+      multiply(some, z.width, room.d_both.row, room.d_both.from(0), room.gate_up.data, z.width,
+               d_rows.get() + part * z.width, z.width, false, next_down);
+      room.sum(some, room.d_both, room.rows, d_gate_up, !first, next_down);
+    });
     settle(d_gate_up, z.both(), to.gate_up + e * z.both()), settle(d_down, z.down(), to.down + e * z.down());
   });
   combine(routes, d_rows.get(), z, to.x);

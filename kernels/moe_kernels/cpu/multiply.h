@@ -26,7 +26,7 @@ namespace {
 
 constexpr int COLUMNS = BYTES == 32 ? 2 : 4;  // vectors of a tile; AVX2 has half the registers
 constexpr int HEIGHT = 6;                     // rows of a tile
-constexpr int LONG = 64;                      // inner steps from which fetching a tile's results beforehand pays
+constexpr int LONG = 64;                      // inner steps from which a tile's results are fetched beforehand
 #if defined(__AMX_BF16__)
 constexpr int64_t STEP = 16;  // what rows should be a multiple of: oneDNN makes new code for every number of them
 #else
@@ -92,9 +92,8 @@ inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const
   V total[HEIGHT][VECTORS] = {};
   const E* from[HEIGHT];
   for (int i = 0; i < HEIGHT; i++) from[i] = a.data + std::min<int64_t>(i, rows - 1) * a.row;
-  for (int64_t i = 0; i < (inner < LONG ? 0 : std::min<int64_t>(rows, HEIGHT)); i++)
-    for (int k = 0; k < VECTORS; k++) __builtin_prefetch(c + i * c_row + k * W, 1);
-  for (int64_t p = 0; p < inner; p++) {
+  int64_t p = 0;
+  auto step = [&] {
     meanwhile.fetch(p);
     decltype(get(b)) right[VECTORS];
 #pragma GCC unroll 8
@@ -105,7 +104,12 @@ inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const
 #pragma GCC unroll 8
       for (int k = 0; k < VECTORS; k++) add_product(total[i][k], left, right[k]);
     }
-  }
+    p++;
+  };
+  for (int64_t i = 0; i < (inner < LONG ? 0 : std::min<int64_t>(rows, HEIGHT)); i++)
+#pragma GCC unroll 8
+    for (int k = 0; k < VECTORS; k++) __builtin_prefetch(c + i * c_row + k * W, 1), step(), step();
+  while (p < inner) step();
   meanwhile.pass(inner);
   for (int64_t i = 0; i < std::min<int64_t>(rows, HEIGHT); i++)
     for (int k = 0; k < VECTORS; k++) {
