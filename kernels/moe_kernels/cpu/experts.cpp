@@ -10,10 +10,10 @@
 //
 // One of an expert's two matrices is in use at a time, for up to PART rows, and meanwhile the one that comes next is
 // fetched: with a part's rows (400 kB in fp32 at D 256, F 128) both would not stay in the second cache. For rows in
-// bfloat16 an expert rounds and pairs its weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic a
-// weight and step where copies in bfloat16 would take 18. Sums over rows, which are the weights' gradients, leave in fp32
-// as they are, PART rows at a time or fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and inputs
-// are gathered again.
+// bfloat16 an expert rounds and pairs its weights, fp32 or bfloat16, where it needs them: 12 bytes of memory traffic
+// a weight and step where copies in bfloat16 would take 18. Sums over rows, which are the weights' gradients, leave in
+// fp32 as they are, PART rows at a time or fewer. Only gate and up [N, 2 F] are kept for the backward pass; order and
+// inputs are gathered again.
 #include "multiply.h"
 #include "routes.h"
 #include "swiglu.h"
@@ -44,8 +44,7 @@ struct Gradients {
 template <class U>
 Ahead fetched(const Sizes& z, const U* matrices, int64_t size, int64_t e, int64_t steps) {
   const int64_t bytes = size * sizeof(U);
-  const auto* at = reinterpret_cast<const char*>(matrices + std::min(e, z.experts - 1) * size);
-  return {at, at + bytes, e < z.experts && bytes <= FETCHED ? std::min(LINE, parts(bytes, steps)) : 0};
+  return {steps, {matrices + e * size, e < z.experts && bytes <= FETCHED ? bytes : 0}};
 }
 
 // Inner steps of rows [rows, inner] times [inner, columns].

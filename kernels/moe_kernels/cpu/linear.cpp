@@ -10,7 +10,10 @@
 
 namespace {
 
-constexpr int64_t ROWS = 48, PANEL = COLUMNS * W, SUMMED = 512, OUTPUTS = 66, NEAR = 1024;
+constexpr int64_t ROWS = 48, PANEL = COLUMNS * W, OUTPUTS = 66, NEAR = 1024;
+
+template <class T>
+constexpr int64_t SUMMED = 512 / sizeof(T);
 
 // A matrix [inner, columns] in panels of PANEL columns.
 template <class E>
@@ -43,10 +46,15 @@ void multiply_rows(const T* from, int64_t count, const Panels<Element<T>>& b, T*
   const auto* a = reinterpret_cast<const Element<T>*>(from);
   torch::stable::parallel_for(0, parts(count, ROWS) * b.count(), 1, [&](int64_t first, int64_t last) {
     Tiles tiles;
-    for (int64_t n = first; n < last; n++) {
-      const int64_t row = n / b.count() * ROWS, column = n % b.count() * PANEL;
-      multiply(std::min(ROWS, count - row), std::min(PANEL, b.columns - column), b.inner, {a + row * b.inner, b.inner},
-               b.at(n % b.count()), b.row, to + row * b.columns + column, b.columns, false);
+    for (int64_t n = first; n < last;) {
+      const int64_t row = n / b.count() * ROWS, high = std::min(ROWS, count - row), next = std::min(row + ROWS, count);
+      Ahead ahead(b.count() * parts(high, HEIGHT) * b.inner,
+                  {a + next * b.inner, std::min(ROWS, count - next) * b.inner * int64_t(sizeof *a)});
+      for (const int64_t end = std::min(last, (n / b.count() + 1) * b.count()); n < end; n++) {
+        const int64_t column = n % b.count() * PANEL;
+        multiply(high, std::min(PANEL, b.columns - column), b.inner, {a + row * b.inner, b.inner}, b.at(n % b.count()),
+                 b.row, to + row * b.columns + column, b.columns, false, ahead);
+      }
     }
   });
 }
@@ -76,20 +84,25 @@ void sum_rows(const T* grad, int64_t count, int64_t outputs, const Panels<Elemen
   constexpr bool there = std::is_same_v<U, float>;
   torch::stable::parallel_for(0, parts(outputs, most), 1, [&](int64_t first, int64_t last) {
     Tiles tiles;
-    std::vector<Element<T>> own(elements<T>(SUMMED) * row);
-    std::vector<float> own_sum(there ? 0 : most * x.columns);
-    for (int64_t begin = first * most; begin < std::min(outputs, last * most); begin += most) {
-      const int64_t high = std::min(most, outputs - begin);
-      float* sum = landing(to + begin * x.columns, own_sum);
-      for (int64_t t = 0; t < count; t += SUMMED) {
-        const int64_t some = std::min(SUMMED, count - t);
-        const auto left = turned(grad + t * outputs + begin, some, high, outputs, own.data(), row);
+    const int64_t begin = first * most, end = std::min(outputs, last * most);
+    std::vector<Element<T>> own(elements<T>(SUMMED<T>) * row);
+    std::vector<float> own_sum(there ? 0 : (end - begin) * x.columns);
+    float* sum = landing(to + begin * x.columns, own_sum);
+    for (int64_t t = 0; t < count; t += SUMMED<T>) {
+      const int64_t some = std::min(SUMMED<T>, count - t), next = t + some, coming = std::min(SUMMED<T>, count - next);
+      Ahead ahead(parts(end - begin, HEIGHT) * x.count() * elements<T>(some),
+                  {grad + next * outputs, coming * outputs * int64_t(sizeof *grad)},
+                  {x.data + elements<T>(next) * x.row, x.row == PANEL ? 0 : coming * x.row * int64_t(sizeof *x.data)});
+      for (int64_t at = begin; at < end; at += most) {
+        const int64_t high = std::min(most, end - at);
+        const auto left = turned(grad + t * outputs + at, some, high, outputs, own.data(), row);
         for (int64_t n = 0; n < x.count(); n++)
           multiply(high, std::min(PANEL, x.columns - n * PANEL), elements<T>(some), left,
-                   x.at(n) + elements<T>(t) * x.row, x.row, sum + n * PANEL, x.columns, t > 0);
+                   x.at(n) + elements<T>(t) * x.row, x.row, sum + (at - begin) * x.columns + n * PANEL, x.columns,
+                   t > 0, ahead);
       }
-      settle(sum, high * x.columns, to + begin * x.columns);
     }
+    settle(sum, (end - begin) * x.columns, to + begin * x.columns);
   });
 }
 

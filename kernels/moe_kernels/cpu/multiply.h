@@ -58,15 +58,27 @@ struct Nothing {
   void pass(int64_t) const {}
 };
 
-struct Ahead {
+struct Bytes {
   const char *at, *end;
+
+  Bytes(const void* from = nullptr, int64_t count = 0) : at(static_cast<const char*>(from)), end(at + count) {}
+};
+
+struct Ahead {
+  Bytes now, then;
   int64_t step;
 
-  void fetch(int64_t p) const { __builtin_prefetch(at + p * step, 0, SECOND_CACHE); }
+  // One range after the other, during that many inner steps.
+  Ahead(int64_t steps, Bytes now, Bytes then = {})
+      : now(now), then(then), step(std::min(LINE, parts(now.end - now.at + then.end - then.at, steps))) {}
+
+  void fetch(int64_t p) const { __builtin_prefetch(now.at + p * step, 0, SECOND_CACHE); }
 
   void pass(int64_t inner) {
-    at += inner * step;
-    if (at >= end) step = 0;
+    now.at += inner * step;
+    if (now.at < now.end) return;
+    now = then, then = {};
+    if (now.at == now.end) step = 0;
   }
 };
 
