@@ -101,9 +101,14 @@ inline void add_product(V& total, Pair left, Words right) {
 template <int VECTORS, class E, class C, class Get, class Put, class Meanwhile>
 inline void multiply_tile(int64_t rows, int64_t inner, const Matrix<E>& a, const E* b, int64_t b_row, C* c,
                           int64_t c_row, bool add, const Get& get, const Put& put, Meanwhile& meanwhile) {
-  V total[HEIGHT][VECTORS] = {};
+  V total[HEIGHT][VECTORS];
   const E* from[HEIGHT];
-  for (int i = 0; i < HEIGHT; i++) from[i] = a.data + std::min<int64_t>(i, rows - 1) * a.row;
+#pragma GCC unroll 8
+  for (int i = 0; i < HEIGHT; i++) {
+    from[i] = a.data + std::min<int64_t>(i, rows - 1) * a.row;
+#pragma GCC unroll 8
+    for (int k = 0; k < VECTORS; k++) total[i][k] = V{};  // `= {}` for all of them would call memset
+  }
   int64_t p = 0;
   auto step = [&] {
     meanwhile.fetch(p);
