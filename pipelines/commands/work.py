@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -164,11 +168,39 @@ def _repro(stages: list[str]) -> None:
 
     start = time.monotonic()
     threading.Thread(target=tracking.load, daemon=True).start()  # what comes next needs it, and DVC is another process
-    code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
+    with nullcontext() if stages else _examined_meanwhile():
+        code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
     if code:
         typer.echo(f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what is named above", err=True)
         raise typer.Exit(2 if code == 255 else abs(code))
     typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
+
+
+@contextmanager
+def _examined_meanwhile() -> Iterator[None]:
+    """Where this machine has no passport, which training needs, make it while the first stages wait for the network.
+
+    A process group of its own, ended with the block: nothing has needed what is not done by then.
+    """
+    words = [sys.executable, "-m", "pipelines.machine.environment"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    speaker = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        speaker.join()
+
+
+def _pass_on(lines: IO[str]) -> None:
+    """What another process says, each line in the place of a bar that a stage may be drawing."""
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    with lines:
+        for line in lines:
+            print(f"{clear}{line}", end="", file=sys.stderr, flush=True)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -1,4 +1,7 @@
-"""What computes: the device, emulated or not, which backend does which operation, and whether its numbers are right."""
+"""What computes: the device, emulated or not, which backend does which operation, and whether its numbers are right.
+
+python -m pipelines.machine.environment    makes the passport of the default device where there is none
+"""
 
 from __future__ import annotations
 
@@ -117,3 +120,7 @@ def _entries(device: torch.device) -> list[dict[str, Any]] | None:
 
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    make_passport(devices.default(), if_absent=True)

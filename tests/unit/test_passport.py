@@ -1,15 +1,18 @@
 """The passport finds a kernel that computes wrong, says what is emulated, and holds for one stack alone."""
 
 import json
+import time
 from pathlib import Path
 
 import moe_kernels
 import pytest
 import torch
-from moe_kernels import dispatch, numerics
+from filelock import FileLock
+from moe_kernels import cache, dispatch, numerics
 from moe_kernels.numerics import BF16, FP32
 
 from pipelines import pages
+from pipelines.commands import work
 from pipelines.machine import environment, passport
 
 CPU = torch.device("cpu")
@@ -183,3 +186,18 @@ def test_kernels_that_serve_any_device_need_an_entry_too(cached: Path, monkeypat
     with pytest.warns(UserWarning, match="no passport vouches for them"):
         environment.require_passport(CPU)
     assert {name for name, backend in moe_kernels.chosen(CPU).items() if backend == "triton"} == {"swiglu"}
+
+
+def test_while_stages_run_it_is_begun_and_it_ends_with_them(tmp_path: Path, monkeypatch, capfd) -> None:
+    kernels = cache.folder("kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache.folder("passports").with_name("kernels").symlink_to(kernels)
+    said, patience = "", time.monotonic() + 60
+    with work._examined_meanwhile():
+        while "comparing" not in said and time.monotonic() < patience:
+            time.sleep(0.1)
+            said += capfd.readouterr().err
+    assert said == f"passport   comparing {environment.devices.name(CPU)} with the reference, once for this stack\n"
+    assert environment.passport(CPU) == environment.NO_PASSPORT
+    with FileLock(environment.passport_file(CPU).with_suffix(".lock"), timeout=5):
+        assert capfd.readouterr().err == ""
