@@ -12,7 +12,8 @@ params.yaml, by the type in which the exported weights are. The stage reports; t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def agreement(
     report = {"dtype": dtype, "limits": limits.model_dump(), "prompts": len(chosen)}
     report |= {"languages": sorted({p.language for p in chosen}), "lengths": sorted({len(p.ids) for p in chosen})}
     legs = {"transformers": (by_transformers, release), "server": (by_server, served or release)}
-    for name, (leg, folder) in legs.items():
-        report[name] = compare(net, leg(folder, chosen, params.top_tokens))
+    with ThreadPoolExecutor() as pool:  # the server, another process, starts and answers while transformers is loaded
+        jobs = {name: pool.submit(_all, *leg, chosen, params.top_tokens) for name, leg in legs.items()}
+    for name in legs:
+        report[name] = compare(net, jobs[name].result())
         verdict = "agrees" if gates.agrees(report[name], report["limits"]) else "DIFFERS"
         stage.say(f"agreement  {name} {verdict}: {gates.distances(report[name])}")
     return report
@@ -98,6 +101,10 @@ def prompts(params: Agreement, tokenizer: Path, clean: Path, chat: Path) -> list
         ids, marks = mark_assistant(messages, encoder)
         found.append(Prompt("dialogue", language, ids[: marks.argmax()][: max(lengths)].tolist()))
     return found
+
+
+def _all(leg: Callable[..., Iterator[Answer]], folder: Path, chosen: list[Prompt], top: int) -> list[Answer]:
+    return list(leg(folder, chosen, top))
 
 
 def by_transformers(folder: Path, chosen: list[Prompt], top: int) -> Iterator[Answer]:
@@ -137,7 +144,7 @@ def _id(token: str) -> int:
     return int(token.removeprefix("token_id:"))
 
 
-def compare(net: MoETransformer, answers: Iterator[Answer]) -> dict[str, float]:
+def compare(net: MoETransformer, answers: Iterable[Answer]) -> dict[str, float]:
     """Mean KL in nats of the module from the answers, share of equal best tokens, largest |difference| of log p."""
     rows = [_distances(net, answer) for answer in answers]
     kl_P, same_P, difference_P = (torch.cat(column) for column in zip(*rows, strict=True))
