@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipelines.commands import PARAMS, PRESETS, RELEASE, REPORTS, SOURCES, complete
 from pipelines.commands.runs import try_out
+
+NOTHING_TO_DO_S = 2.0  # in which `dvc repro` ends then
 
 
 def check() -> None:
@@ -180,26 +182,29 @@ def _repro(stages: list[str]) -> None:
 def _examined_meanwhile() -> Iterator[None]:
     """Where this machine has no passport, which training needs, make it while the first stages wait for the network.
 
-    A process group of its own, ended with the block: nothing has needed what is not done by then.
+    It begins when it is clear that there is something to run, in a process group of its own that ends with the block:
+    nothing has needed what is not done by then.
     """
-    words = [sys.executable, "-m", "pipelines.machine.environment"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    speaker = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
-    speaker.start()
+    begun: list[subprocess.Popen[str]] = []
+    timer = threading.Timer(NOTHING_TO_DO_S, _examine, args=(begun,))
+    timer.start()
     try:
         yield
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        speaker.join()
+        timer.cancel()
+        for process in begun:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        timer.join()
 
 
-def _pass_on(lines: IO[str]) -> None:
-    """What another process says, each line in the place of a bar that a stage may be drawing."""
+def _examine(begun: list[subprocess.Popen[str]]) -> None:
+    """Say what the examination says, each line in the place of a bar that a stage may be drawing."""
+    words = [sys.executable, "-m", "pipelines.machine.environment"]
     clear = "\r\033[K" if sys.stderr.isatty() else ""
-    with lines:
-        for line in lines:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        begun.append(process)
+        for line in process.stderr or ():
             print(f"{clear}{line}", end="", file=sys.stderr, flush=True)
 
 
