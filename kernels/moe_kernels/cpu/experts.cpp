@@ -43,8 +43,8 @@ struct Gradients {
 // that it would drive out what they multiply.
 template <class U>
 Ahead fetched(const Sizes& z, const U* matrices, int64_t size, int64_t e, int64_t steps) {
-  const int64_t bytes = size * sizeof(U);
-  return {steps, {matrices + e * size, e < z.experts && bytes <= FETCHED ? bytes : 0}};
+  const bool wanted = e < z.experts && size * int64_t(sizeof(U)) <= FETCHED;
+  return {steps, wanted ? Bytes(matrices + e * size, size) : Bytes()};
 }
 
 // Inner steps of rows [rows, inner] times [inner, columns].

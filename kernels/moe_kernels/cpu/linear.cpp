@@ -3,9 +3,10 @@
 // Shapes: T rows, D inputs, O outputs.
 //
 // The weights are laid out once a call in panels, as the register tiles of multiply.h read them: O D numbers for 2 T D
-// O FLOP. Then ROWS rows meet one panel after the other, all in the second cache. Rows in bfloat16 take fp32 weights
-// as they are, so no copy in bfloat16 is made of those or of their gradient. That sums SUMMED rows at a time; what is
-// read in place there are fp32 rows of up to NEAR numbers, beyond which they would share few places in a cache.
+// O FLOP. Then ROWS rows meet one panel after the other, all in the second cache, where the next rows come meanwhile.
+// Rows in bfloat16 take fp32 weights as they are, so no copy in bfloat16 is made of those or of their gradient. That
+// sums SUMMED rows at a time, for all outputs before the next ones; what is read in place there are fp32 rows of up to
+// NEAR numbers, beyond which they would share few places in a cache.
 #include "multiply.h"
 
 namespace {
@@ -13,7 +14,7 @@ namespace {
 constexpr int64_t ROWS = 48, PANEL = COLUMNS * W, OUTPUTS = 66, NEAR = 1024;
 
 template <class T>
-constexpr int64_t SUMMED = 512 / sizeof(T);
+constexpr int64_t SUMMED = 512 / sizeof(T);  // of 256 channels 128 kB
 
 // A matrix [inner, columns] in panels of PANEL columns.
 template <class E>
@@ -38,6 +39,9 @@ struct Panels {
 
   int64_t count() const { return parts(columns, PANEL); }
   const E* at(int64_t n) const { return data + n * distance; }
+
+  // Some rows of the matrix, where they lie together.
+  Bytes rows(int64_t first, int64_t some) const { return memory ? Bytes() : Bytes(data + first * row, some * row); }
 };
 
 // to [count, columns] = from [count, inner] times the panels.
@@ -49,7 +53,7 @@ void multiply_rows(const T* from, int64_t count, const Panels<Element<T>>& b, T*
     for (int64_t n = first; n < last;) {
       const int64_t row = n / b.count() * ROWS, high = std::min(ROWS, count - row), next = std::min(row + ROWS, count);
       Ahead ahead(b.count() * parts(high, HEIGHT) * b.inner,
-                  {a + next * b.inner, std::min(ROWS, count - next) * b.inner * int64_t(sizeof *a)});
+                  {a + next * b.inner, std::min(ROWS, count - next) * b.inner});
       for (const int64_t end = std::min(last, (n / b.count() + 1) * b.count()); n < end; n++) {
         const int64_t column = n % b.count() * PANEL;
         multiply(high, std::min(PANEL, b.columns - column), b.inner, {a + row * b.inner, b.inner}, b.at(n % b.count()),
@@ -91,8 +95,7 @@ void sum_rows(const T* grad, int64_t count, int64_t outputs, const Panels<Elemen
     for (int64_t t = 0; t < count; t += SUMMED<T>) {
       const int64_t some = std::min(SUMMED<T>, count - t), next = t + some, coming = std::min(SUMMED<T>, count - next);
       Ahead ahead(parts(end - begin, HEIGHT) * x.count() * elements<T>(some),
-                  {grad + next * outputs, coming * outputs * int64_t(sizeof *grad)},
-                  {x.data + elements<T>(next) * x.row, x.row == PANEL ? 0 : coming * x.row * int64_t(sizeof *x.data)});
+                  {grad + next * outputs, coming * outputs}, x.rows(elements<T>(next), elements<T>(coming)));
       for (int64_t at = begin; at < end; at += most) {
         const int64_t high = std::min(most, end - at);
         const auto left = turned(grad + t * outputs + at, some, high, outputs, own.data(), row);

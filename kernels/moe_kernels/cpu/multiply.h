@@ -52,25 +52,31 @@ struct Matrix {
   Matrix(const E* data, int64_t row, int64_t column = 1) : data(data), row(row), column(column) {}
 };
 
-// What a product does meanwhile: nothing, or fetching what the next one reads, `step` bytes an inner step.
+// What a product does meanwhile: nothing, or fetching what is read next, `step` bytes an inner step.
 struct Nothing {
   void fetch(int64_t) const {}
   void pass(int64_t) const {}
 };
 
 struct Bytes {
-  const char *at, *end;
+  const char *at = nullptr, *end = nullptr;
 
-  Bytes(const void* from = nullptr, int64_t count = 0) : at(static_cast<const char*>(from)), end(at + count) {}
+  Bytes() = default;
+
+  template <class E>
+  Bytes(const E* from, int64_t count)
+      : at(reinterpret_cast<const char*>(from)), end(reinterpret_cast<const char*>(from + count)) {}
+
+  int64_t size() const { return end - at; }
 };
 
 struct Ahead {
   Bytes now, then;
   int64_t step;
 
-  // One range after the other, during that many inner steps.
+  // One range and then another, during that many inner steps.
   Ahead(int64_t steps, Bytes now, Bytes then = {})
-      : now(now), then(then), step(std::min(LINE, parts(now.end - now.at + then.end - then.at, steps))) {}
+      : now(now), then(then), step(std::min(LINE, parts(now.size() + then.size(), std::max<int64_t>(steps, 1)))) {}
 
   void fetch(int64_t p) const { __builtin_prefetch(now.at + p * step, 0, SECOND_CACHE); }
 
@@ -78,7 +84,7 @@ struct Ahead {
     now.at += inner * step;
     if (now.at < now.end) return;
     now = then, then = {};
-    if (now.at == now.end) step = 0;
+    if (!now.size()) step = 0;
   }
 };
 
