@@ -118,14 +118,15 @@ def in_turn(
     device: torch.device,
     wall: bool = False,
     check: Callable[[dict[str, Any]], None] | None = None,
+    warm: int = 1,
 ) -> Times:
-    """Seconds of each contender, round by round; the first round does not count, each starts with another one.
+    """Seconds of each contender, round by round; the first `warm` do not count, each starts with another contender.
 
-    check: gets what each returned, after every round, the first included.
+    check: gets what each returned, after every round, the first ones included.
     """
     taken: Times = {name: [] for name in contenders}
     names = list(contenders)
-    for number in range(rounds + 1):
+    for number in range(warm + rounds):
         found = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
             start = now(device, wall)
@@ -133,7 +134,7 @@ def in_turn(
             taken[name].append(now(device, wall) - start)
         if check:
             check(found)
-    return {name: seconds[1:] for name, seconds in taken.items()}
+    return {name: seconds[warm:] for name, seconds in taken.items()}
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> tuple[float, tuple[float, float]]:
