@@ -12,7 +12,7 @@ params.yaml, by the type in which the exported weights are. The stage reports; t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def agreement(
     report |= {"languages": sorted({p.language for p in chosen}), "lengths": sorted({len(p.ids) for p in chosen})}
     legs = {"transformers": (by_transformers, release), "server": (by_server, served or release)}
     with ThreadPoolExecutor() as pool:  # the server, another process, starts and answers while transformers is loaded
-        jobs = {name: pool.submit(_all, *leg, chosen, params.top_tokens) for name, leg in legs.items()}
+        jobs = {name: pool.submit(*leg, chosen, params.top_tokens) for name, leg in legs.items()}
     for name in legs:
         report[name] = compare(net, jobs[name].result())
         verdict = "agrees" if gates.agrees(report[name], report["limits"]) else "DIFFERS"
@@ -103,28 +103,25 @@ def prompts(params: Agreement, tokenizer: Path, clean: Path, chat: Path) -> list
     return found
 
 
-def _all(leg: Callable[..., Iterator[Answer]], folder: Path, chosen: list[Prompt], top: int) -> list[Answer]:
-    return list(leg(folder, chosen, top))
-
-
-def by_transformers(folder: Path, chosen: list[Prompt], top: int) -> Iterator[Answer]:
+def by_transformers(folder: Path, chosen: list[Prompt], top: int) -> list[Answer]:
     """What transformers' own class says, in float32."""
     from transformers import AutoModelForCausalLM, logging  # four seconds of import
 
     logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    answers = []
     for prompt in chosen:
         with torch.no_grad():
             logp_SV = theirs(torch.tensor([prompt.ids])).logits[0, :-1].float().log_softmax(-1)
         best = logp_SV.topk(min(top, logp_SV.shape[1]))
-        yield Answer(prompt.ids, best.indices, best.values)
+        answers.append(Answer(prompt.ids, best.indices, best.values))
+    return answers
 
 
-def by_server(folder: Path, chosen: list[Prompt], top: int) -> Iterator[Answer]:
+def by_server(folder: Path, chosen: list[Prompt], top: int) -> list[Answer]:
     """What the server says over HTTP: of the prompt, and of the tokens that it then writes with its cache."""
     with endpoint.serving(folder) as address:
-        for prompt in chosen:
-            yield _asked(address, folder.name, prompt, top)
+        return [_asked(address, folder.name, prompt, top) for prompt in chosen]
 
 
 def _asked(address: str, name: str, prompt: Prompt, top: int) -> Answer:

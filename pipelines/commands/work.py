@@ -193,8 +193,9 @@ def _examined_meanwhile() -> Iterator[None]:
     finally:
         timer.cancel()
         for process in begun:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:  # else its number may be another's by now
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         timer.join()
 
 

@@ -77,11 +77,12 @@ def test_sides_that_differ_end_the_benchmark(bench: ModuleType, monkeypatch, cap
         measure.main("A benchmark.", unequal)
 
 
-def test_contenders_take_turns_and_the_first_round_does_not_count(bench: ModuleType) -> None:
+@pytest.mark.parametrize(("warm", "turns"), [(1, "abbaab"), (2, "abbaabba")])
+def test_contenders_take_turns_and_the_first_rounds_do_not_count(bench: ModuleType, warm: int, turns: str) -> None:
     calls: list[str] = []
     sides = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = bench.measure.in_turn(sides, 2, torch.device("cpu"))
-    assert calls == list("abbaab") and [len(seconds) for seconds in times.values()] == [2, 2]
+    times = bench.measure.in_turn(sides, 2, torch.device("cpu"), warm=warm)
+    assert calls == list(turns) and [len(seconds) for seconds in times.values()] == [2, 2]
     assert bench.measure.ratio([2.0, 6.0, 4.0], [1.0, 2.0, 1.0]) == (3.0, (2.0, 4.0))
 
 
