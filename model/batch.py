@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from model.transformer import MoETransformer, Output
 
 CHUNK = 256  # prompt tokens a pass
-COST = 1.6  # of a step with drafts, in steps without: 1.4 to 1.8 were measured, for 1 to 16 rows
+COST = 1.55  # of a step with drafts, in steps without: 1.4 to 1.8 were measured, for 1 to 16 rows
 PATIENCE = 2.5  # steps that drafting may be behind
 MULTIPLE = 4  # rows of a product
 VECTORS = 32  # numbers that a processor's vector unit takes at a time; what is left over is rounded otherwise

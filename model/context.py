@@ -61,6 +61,7 @@ class Context:
         self.parts: list[Context] = []  # with caches of their own; none: this is the only one
         self.statistics: dict[str, list[Tensor]] = {}
         self._made: dict[object, object] = {}
+        self._frequencies = {} if cache is None else cache.frequencies
         length, device = input_ids.shape[1], input_ids.device
         self.real_BS: Tensor | None = None  # what counts in loads and losses; None: everything
         self.one_document = document_ids is None  # a row
@@ -118,8 +119,9 @@ class Context:
 
     def frequencies(self, kind: str) -> Tensor:
         """Angle a position of each pair of rotary channels, [R / 2]."""
-        made = lambda: frequencies(self.config.qk_rope_head_dim, self.config.rope(kind))  # noqa: E731
-        return self._once(("frequencies", kind), made)
+        if kind not in self._frequencies:
+            self._frequencies[kind] = frequencies(self.config.qk_rope_head_dim, self.config.rope(kind))
+        return self._frequencies[kind]
 
     def rotation(self, kind: str = "main") -> Rotation:
         """(cosine, sine) at the tokens' positions, [B, S, 1, R / 2]."""

@@ -35,7 +35,8 @@ class MultiTokenPrediction(Block):
         """State for the head [B, S, D]. state: the trunk's last, [B, S, D] or [B, S, N, D]; next: next embeddings."""
         next_BSD = self.enorm(next_BSD)
         if not self.is_v4:
-            x_BSD = self.eh_proj(torch.cat([next_BSD, self.hnorm(state)], dim=-1))
+            x_BSD = context.linear(torch.cat([next_BSD, self.hnorm(state)], dim=-1), self.eh_proj.weight)
             return self.norm(self(x_BSD, context, "mtp"))
-        x_BSND = self.e_proj(next_BSD).unsqueeze(2).float() + self.h_proj(self.hnorm(state))
+        next_BSD = context.linear(next_BSD, self.e_proj.weight)
+        x_BSND = next_BSD.unsqueeze(2).float() + context.linear(self.hnorm(state), self.h_proj.weight)
         return self.norm(self.hc_head(self(x_BSND, context, "mtp")))

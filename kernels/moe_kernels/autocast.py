@@ -19,5 +19,5 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast inside: router scores and hyper-connections are fp32 always."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
