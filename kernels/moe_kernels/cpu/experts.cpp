@@ -52,6 +52,32 @@ int64_t steps(int64_t rows, int64_t columns, int64_t inner) {
   return parts(rows, HEIGHT) * parts(columns, COLUMNS * W) * inner;
 }
 
+// What products fetch meanwhile, and after each tile some of the rows that are gathered next.
+template <class T>
+struct NextRows {
+  Ahead& other;
+  const Sizes& z;
+  const int64_t *pair, *end;
+  const T* x;
+  int64_t each;
+
+  // Rows [begin, begin + count) of the sorted ones, during products of so many tiles.
+  NextRows(Ahead& other, const Sizes& z, const Routes& routes, const T* x, int64_t begin, int64_t count, int64_t tiles)
+      : other(other), z(z), pair(routes.pairs.data() + begin), end(pair + count), x(x),
+        each(parts(count, std::max<int64_t>(tiles, 1))) {}
+
+  void fetch(int64_t p) const { other.fetch(p); }
+
+  void pass(int64_t inner) {
+    other.pass(inner);
+    for (const int64_t* last = std::min(pair + each, end); pair < last; pair++)
+      fetch_row(x + *pair / z.choices * z.width, z.width);
+  }
+};
+
+// Tiles of a product.
+int64_t tiles(int64_t rows, int64_t columns) { return parts(rows, HEIGHT) * parts(columns, COLUMNS * W); }
+
 // Rows `begin` to `begin + count` of the sorted ones.
 template <class T>
 void gather(const Sizes& z, const Routes& routes, const T* x, int64_t begin, int64_t count, Rows<T>& to) {
@@ -95,8 +121,10 @@ void forward(const Sizes& z, const T* x, const Routes& routes, const float* weig
         T* own = kept + begin * 2 * z.inner;
         float* both = landing(own, room.both);
         gather(z, routes, x, begin, count, room.in);
+        NextRows soon(own_down, z, routes, x, begin + count, std::min(BLOCK, z.rows - begin - count),
+                      tiles(count, 2 * z.inner));
         multiply(count, 2 * z.inner, room.in.row, room.in.from(0), room.gate_up.data(), 2 * z.inner, both, 2 * z.inner,
-                 false, own_down);
+                 false, soon);
         for (int64_t i = 0; i < count; i++) {
           const float* gate = both + i * 2 * z.inner;
           swiglu_row(gate, gate + z.inner, z.inner, limit, weights[routes.pairs[begin + i]], room.hidden.at(at + i));
@@ -141,7 +169,8 @@ struct BackwardRoom {
         d_gate_up(std::is_same_v<U, float> ? 0 : z.both()), d_down(std::is_same_v<U, float> ? 0 : z.down()) {}
 
   // The weights' gradient that some rows have, or that added to it: to [left.width, right.width].
-  void sum(int64_t count, Rows<T>& left, Rows<T>& right, float* to, bool add, Ahead& next) {
+  template <class Meanwhile>
+  void sum(int64_t count, Rows<T>& left, Rows<T>& right, float* to, bool add, Meanwhile&& next) {
     const Down<T> a(left, count, pairs[0]), b(right, count, pairs[1]);
     multiply(left.width, right.width, elements<T>(count), a.transposed(), b.data, b.row, to, right.width, add, next);
   }
@@ -181,12 +210,15 @@ void backward(const Sizes& z, const T* d_y, const T* x, const Routes& routes, co
       for (int64_t at = 0; at < some; at += BLOCK)
         activation_backward(z, routes, room, at, part + at, std::min(BLOCK, some - at), weights, kept, limit,
                             to.weights, own_gate_up);
-      room.sum(some, room.rows, room.hidden, d_down, !first, own_gate_up);
+      NextRows of_x(own_gate_up, z, routes, x, part, some, tiles(z.width, z.inner));
+      room.sum(some, room.rows, room.hidden, d_down, !first, of_x);
       if (first) room.gate_up.take(gate_up + e * z.both(), 2 * z.inner, z.width);
       gather(z, routes, x, part, some, room.rows);
       multiply(some, z.width, room.d_both.row, room.d_both.from(0), room.gate_up.data, z.width,
                d_rows.get() + part * z.width, z.width, false, next_down);
-      room.sum(some, room.d_both, room.rows, d_gate_up, !first, next_down);
+      NextRows of_d_y(next_down, z, routes, d_y, part + some, std::min(some, z.rows - part - some),
+                      tiles(2 * z.inner, z.width));
+      room.sum(some, room.d_both, room.rows, d_gate_up, !first, of_d_y);
     });
     settle(d_gate_up, z.both(), to.gate_up + e * z.both()), settle(d_down, z.down(), to.down + e * z.down());
   });

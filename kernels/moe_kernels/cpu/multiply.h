@@ -33,9 +33,6 @@ constexpr int64_t STEP = 16;  // what rows should be a multiple of: oneDNN makes
 constexpr int64_t STEP = HEIGHT;
 #endif
 
-constexpr int SECOND_CACHE = 2;  // where what is fetched ahead goes
-constexpr int64_t LINE = 64;     // bytes that a cache fetches at a time
-
 using Pair = uint32_t;
 
 inline int64_t half(int64_t count) { return (count + 1) / 2; }
@@ -233,6 +230,8 @@ inline void pair_rows(const T* first, const T* second, int64_t width, Pair* to) 
     store(to + at, paired(halves(first + at, left), second ? halves(second + at, left) : Halves{}), left);
 }
 
+constexpr int64_t SOON = 8;  // rows between one that is laid down and the one that is fetched then
+
 // rows [count, width], `row` apart -> for sums over rows: as they are, or pairs [half(count), width], `to_row` apart.
 inline void lay_down(const float* from, int64_t count, int64_t width, int64_t row, float* to, int64_t to_row) {
   for (int64_t i = 0; i < count; i++) copy(from + i * row, width, to + i * to_row);
@@ -240,8 +239,10 @@ inline void lay_down(const float* from, int64_t count, int64_t width, int64_t ro
 
 template <class T>
 inline void lay_down(const T* from, int64_t count, int64_t width, int64_t row, Pair* to, int64_t to_row) {
-  for (int64_t i = 0; i < count; i += 2)
+  for (int64_t i = 0; i < count; i += 2) {
+    for (int64_t soon = i + SOON; soon < std::min(i + SOON + 2, count); soon++) fetch_row(from + soon * row, width);
     pair_rows(from + i * row, i + 1 < count ? from + (i + 1) * row : nullptr, width, to + i / 2 * to_row);
+  }
 }
 
 // rows [count, width], `row` apart -> transposed: [width, count], or pairs along the channels [half(width), count].
@@ -257,8 +258,7 @@ inline void lay_across(const T* from, int64_t count, int64_t width, int64_t row,
       Pair rounded[W * W];
       for (int64_t r = 0; r < high; r++) {
         const T* start = from + (i + r) * row + 2 * p;
-        for (int64_t line = 0; line < int64_t(2 * W * sizeof(T)); line += LINE)
-          __builtin_prefetch(reinterpret_cast<const char*>(start + W * row) + line);
+        fetch_row(start + W * row, 2 * W);
         const int64_t numbers = std::min<int64_t>(2 * W, width - 2 * p);
         const Halves both[] = {halves(start, std::min<int64_t>(W, numbers)),
                                numbers > W ? halves(start + W, numbers - W) : Halves{}};

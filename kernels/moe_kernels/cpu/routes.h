@@ -57,12 +57,15 @@ void each_expert(int64_t experts, const Make& make, const F& f) {
 template <class T>
 void combine(const Routes& routes, const T* rows, const Sizes& z, T* y) {
   torch::stable::parallel_for(0, z.tokens, TOKENS, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++)
+    for (int64_t t = first; t < last; t++) {
+      for (int64_t i = (t + 2) * z.choices; i < std::min((t + 3) * z.choices, z.rows); i++)
+        fetch_row(rows + routes.places[i] * z.width, z.width);
       along(z.width, [&](int64_t at, auto get, auto put) {
         V total{};
         for (int64_t k = 0; k < z.choices; k++) total += get(rows + routes.places[t * z.choices + k] * z.width + at);
         put(y + t * z.width + at, total);
       });
+    }
   });
 }
 

@@ -54,9 +54,11 @@ inline void transpose_block(const E* from, int64_t high, int64_t wide, int64_t f
 // from [rows, columns] -> to [columns, rows].
 inline void transpose(const float* from, int64_t rows, int64_t columns, int64_t from_row, float* to, int64_t to_row) {
   for (int64_t i = 0; i < rows; i += W)
-    for (int64_t j = 0; j < columns; j += W)
+    for (int64_t j = 0; j < columns; j += W) {
+      for (int64_t r = i + W; r < std::min(i + 2 * W, rows); r++) fetch_row(from + r * from_row + j, W);
       transpose_block(from + i * from_row + j, std::min<int64_t>(W, rows - i), std::min<int64_t>(W, columns - j),
                       from_row, to + j * to_row + i, to_row);
+    }
 }
 
 // Below the diagonal of a square what is above it.
