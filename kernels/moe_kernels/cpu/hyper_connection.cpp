@@ -14,11 +14,12 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;  // tokens whose streams stay in the second cache
+constexpr int64_t BLOCK = 64;  // tokens whose streams stay in the second cache
+constexpr int64_t COMING = 2;  // tokens between one that is written and the one that is fetched then
 constexpr int64_t MAX_N = 8, MAX_P = MAX_N * (MAX_N + 2);
 static_assert(BLOCK % W == 0);
 
-int64_t group_size(int64_t tokens) { return std::max(8 * BLOCK, parts(parts(tokens, 32), BLOCK) * BLOCK); }
+int64_t group_size(int64_t tokens) { return std::max(4 * BLOCK, parts(parts(tokens, 32), BLOCK) * BLOCK); }
 
 struct Maps {
   const float *fn, *base, *scale;
@@ -33,6 +34,7 @@ struct Maps {
 void project(const Maps& m, const float* x, int64_t tokens, float norm_eps, float* projection, float* inverse_rms) {
   many(tokens, {x, m.channels}, {m.fn, m.channels}, m.channels, 0, m.count, projection, m.count);
   for (int64_t t = 0; t < tokens; t++) {
+    if (tokens == BLOCK) fetch_row(x + (t + BLOCK) * m.channels, m.channels);
     V squares{};
     along(m.channels, [&](int64_t at, auto get, auto) {
       const V v = get(x + t * m.channels + at);
@@ -126,7 +128,9 @@ void coefficients_backward(const Maps& m, const float* projection, const float* 
 // d_x = read d_h + fn^T d_raw - d_square x of a block; d_fn += d_raw^T x.
 void streams_backward(const Maps& m, const float* x, const float* d_h, const float* read, const float* d_raw,
                       const float* d_square, int64_t tokens, float* d_x, float* d_fn) {
-  for (int64_t t = 0; t < tokens; t++)
+  for (int64_t t = 0; t < tokens; t++) {
+    fetch_row(x + (t + BLOCK) * m.channels, m.channels);
+    fetch_row(d_h + (t + BLOCK) * m.width, m.width);
     for (int64_t n = 0; n < m.streams; n++) {
       const int64_t row = t * m.channels + n * m.width;
       const float weight = read[t * m.streams + n];
@@ -134,6 +138,7 @@ void streams_backward(const Maps& m, const float* x, const float* d_h, const flo
         put(d_x + row + at, weight * get(d_h + t * m.width + at) - d_square[t] * get(x + row + at));
       });
     }
+  }
   multiply(tokens, m.channels, m.count, {d_raw, m.count}, m.fn, m.channels, d_x, m.channels, true);
   multiply(m.count, m.channels, tokens, {d_raw, 1, m.count}, x, m.channels, d_fn, m.channels, true);
 }
@@ -280,6 +285,8 @@ Tensor hyper_write(const Tensor& x, const Tensor& y, const Tensor& write, const 
     torch::stable::parallel_for(0, tokens, BLOCK, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; t++) {
         const float *from = streams + t * N * width, *w = weights + t * N, *a = matrix + t * N * N;
+        fetch_row(from + COMING * N * width, N * width);
+        fetch_row(added + (t + COMING) * width, width);
         along(width, [&](int64_t at, auto get, auto put) {
           V total[N];
           const V y_t = get(added + t * width + at);
@@ -333,6 +340,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_write_backward(const Tensor& d_
     torch::stable::parallel_for(0, tokens, BLOCK, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; t++) {
         const int64_t row = t * n * width;
+        fetch_row(grad + row + COMING * n * width, n * width);
+        fetch_row(streams + row + COMING * n * width, n * width);
+        fetch_row(added + (t + COMING) * width, width);
         write_backward<constant()>(grad + row, streams + row, added + t * width, weights + t * n, matrix + t * n * n,
                                    width, to_x + row, to_y + t * width, to_write + t * n, to_mix + t * n * n);
       }
