@@ -89,6 +89,11 @@ def read_inputs(tokens: int, streams: int, width: int) -> list[Any]:
     return [*tensors, 1e-6, 20, 1e-6]
 
 
+def head_inputs(tokens: int, streams: int, width: int) -> list[Any]:
+    tensors = [random(tokens, streams, width), random(streams, streams * width) * 0.1, random(streams), random(1) + 1]
+    return [*tensors, 1e-6, 1e-6]
+
+
 def write_inputs(tokens: int, streams: int, width: int) -> list[Any]:
     return [
         random(tokens, streams, width),
@@ -109,6 +114,11 @@ def test_hyper_read(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", STREAMS, ids=str)
 def test_hyper_write(shape: tuple[int, int, int]) -> None:
     same("hyper_write", hyper_connection.hyper_write, write_inputs(*shape))
+
+
+@pytest.mark.parametrize("shape", STREAMS, ids=str)
+def test_hyper_head(shape: tuple[int, int, int]) -> None:
+    same("hyper_head", hyper_connection.hyper_head, head_inputs(*shape))
 
 
 def test_hyper_connections_of_views_of_many_streams_and_of_float64() -> None:
@@ -524,6 +534,7 @@ CASES = {
     "cross_entropy": [random(60, 48), torch.arange(60) % 48, -100],
     "cross_entropy_with_gradient": [random(60, 48), torch.arange(60) % 48, torch.tensor(0.5), -100],
     "experts": [*expert_inputs(300, 16, 12, 6, 2), 0.5],
+    "hyper_head": head_inputs(900, 4, 48),
     "hyper_read": read_inputs(900, 4, 48),
     "hyper_write": write_inputs(900, 4, 48),
     "index_scores": index_inputs(2, 300, 8, 16, 75, FP32),

@@ -94,7 +94,8 @@ void read_block(const Maps& m, const float* x, const float* projection, int64_t 
   weighted_sum<N>(m, x, read, tokens, h);
 }
 
-// Gradients of the coefficients of a block; sums over its tokens are added to d_base [P] and d_scale [3].
+// Gradients of the coefficients of a block; sums over its tokens are added to d_base [P] and d_scale [3]. A head has
+// those of the read alone.
 // d_raw [t, P]: of fn x before the division by the root mean square; d_square [t]: the factor of x in its gradient.
 template <int N>
 void coefficients_backward(const Maps& m, const float* projection, const float* inverse_rms, const float* d_read,
@@ -105,13 +106,18 @@ void coefficients_backward(const Maps& m, const float* projection, const float* 
     const int64_t left = tokens - t;
     activations(m, projection, t, tokens, a);
     for (int n = 0; n < N; n++) {
-      const V r = sigmoid(a[n]), w = sigmoid(a[N + n]);
+      const V r = sigmoid(a[n]);
       spread(r + m.eps, read + t * N + n, N, left);
       grad[n] = collect(d_read + t * N + n, N, left) * r * (1.0f - r);
+    }
+    for (int n = 0; n < (m.count > N ? N : 0); n++) {
+      const V w = sigmoid(a[N + n]);
       grad[N + n] = collect(d_write + t * N + n, N, left) * 2.0f * w * (1.0f - w);
     }
-    for (int i = 0; i < N * N; i++) grad[2 * N + i] = collect(d_mix + t * N * N + i, N * N, left);
-    sinkhorn_backward<N>(a + 2 * N, grad + 2 * N, m.iterations, m.eps, steps);
+    if (m.count > N) {
+      for (int i = 0; i < N * N; i++) grad[2 * N + i] = collect(d_mix + t * N * N + i, N * N, left);
+      sinkhorn_backward<N>(a + 2 * N, grad + 2 * N, m.iterations, m.eps, steps);
+    }
     const V inverse = collect(inverse_rms + t, 1, left);
     for (int64_t p = 0; p < m.count; p++) {
       const V v = collect(projection + t * m.count + p, m.count, left);
@@ -201,30 +207,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hyper_read(const Tensor& x, c
 }
 
 // What all is read by in the end: coefficients of the read alone, P = N.
-Tensor hyper_head(const Tensor& x, const Tensor& fn, const Tensor& base, const Tensor& scale, double norm_eps,
-                  double eps) {
+std::tuple<Tensor, Tensor, Tensor> hyper_head(const Tensor& x, const Tensor& fn, const Tensor& base,
+                                              const Tensor& scale, double norm_eps, double eps) {
   const Maps m = maps_of(x, fn, base, scale, 0, eps);
   const int64_t tokens = x.size(0);
-  Tensor h = torch::stable::new_empty(x, {tokens, m.width});
+  Tensor h = torch::stable::new_empty(x, {tokens, m.width}), inverse_rms = torch::stable::new_empty(x, {tokens});
+  Tensor projection = torch::stable::new_empty(x, {tokens, m.count});
   const float* streams = floats(x);
-  float* to = floats_of(h);
+  float *to = floats_of(h), *to_projection = floats_of(projection), *to_inverse = floats_of(inverse_rms);
   with_streams(m.streams, [&](auto constant) {
     constexpr int N = constant();
     torch::stable::parallel_for(0, parts(tokens, BLOCK), 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first * BLOCK; t < std::min(last * BLOCK, tokens); t += BLOCK) {
         const int64_t count = std::min(BLOCK, tokens - t);
-        float projection[BLOCK * N], inverse_rms[BLOCK], read[BLOCK * N];
-        project(m, streams + t * m.channels, count, norm_eps, projection, inverse_rms);
+        float* projected = to_projection + t * N;
+        float read[BLOCK * N];
+        project(m, streams + t * m.channels, count, norm_eps, projected, to_inverse + t);
         for (int64_t i = 0; i < count; i += W) {
           V a[MAX_P];
-          activations(m, projection, i, count, a);
+          activations(m, projected, i, count, a);
           for (int n = 0; n < N; n++) spread(sigmoid(a[n]) + m.eps, read + i * N + n, N, count - i);
         }
         weighted_sum<N>(m, streams + t * m.channels, read, count, to + t * m.width);
       }
     });
   });
-  return h;
+  return {h, projection, inverse_rms};
 }
 
 // Sums of the groups, in their order.
@@ -237,32 +245,31 @@ void add_groups(const float* from, int64_t groups, int64_t size, int64_t stride,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_read_backward(
-    const Tensor& d_h, const Tensor& d_write, const Tensor& d_mix, const Tensor& x, const Tensor& fn,
-    const Tensor& base, const Tensor& scale, const Tensor& projection, const Tensor& inverse_rms, int64_t iterations,
-    double eps) {
-  const Maps m = maps_of(x, fn, base, scale, iterations, eps);
+// Of a read or, where there are no gradients of write and mix, of a head.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Maps& m, const float* grad_h, const float* grad_write,
+                                                    const float* grad_mix, const Tensor& x, const Tensor& fn,
+                                                    const Tensor& base, const Tensor& scale, const float* projected,
+                                                    const float* inverses) {
   const int64_t tokens = x.size(0), n = m.streams, size = group_size(tokens), groups = parts(tokens, size);
   const int64_t maps = m.count * m.channels, stride = maps + m.count + 3;
   Tensor d_x = torch::stable::empty_like(x), d_fn = torch::stable::empty_like(fn);
   Tensor d_base = torch::stable::empty_like(base), d_scale = torch::stable::empty_like(scale);
   std::vector<float> partial(groups * stride);
-  const float *streams = floats(x), *grad_h = floats(d_h), *grad_write = floats(d_write), *grad_mix = floats(d_mix);
-  const float *projected = floats(projection), *inverses = floats(inverse_rms);
+  const float* streams = floats(x);
   float* grad_x = floats_of(d_x);
   auto block = [&](int64_t t, int64_t count, float* own, V* steps, auto constant) {
     constexpr int N = constant();
     float d_read[BLOCK * N], read[BLOCK * N], d_raw[BLOCK * N * (N + 2)], d_square[BLOCK];
     read_dots<N>(m, streams + t * m.channels, grad_h + t * m.width, count, d_read);
-    coefficients_backward<N>(m, projected + t * m.count, inverses + t, d_read, grad_write + t * n,
-                             grad_mix + t * n * n, count, read, d_raw, d_square, own + maps, own + maps + m.count,
+    coefficients_backward<N>(m, projected + t * m.count, inverses + t, d_read, grad_write ? grad_write + t * n : nullptr,
+                             grad_mix ? grad_mix + t * n * n : nullptr, count, read, d_raw, d_square, own + maps, own + maps + m.count,
                              steps);
     streams_backward(m, streams + t * m.channels, grad_h + t * m.width, read, d_raw, d_square, count,
                      grad_x + t * m.channels, own);
   };
   with_streams(n, [&](auto constant) {
     torch::stable::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
-      std::vector<V> steps(2 * iterations * n * (n + 1));
+      std::vector<V> steps(2 * m.iterations * n * (n + 1));
       for (int64_t g = first; g < last; g++)
         for (int64_t t = g * size; t < std::min((g + 1) * size, tokens); t += BLOCK)
           block(t, std::min(BLOCK, std::min((g + 1) * size, tokens) - t), partial.data() + g * stride, steps.data(),
@@ -271,8 +278,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_read_backward(
   });
   add_groups(partial.data(), groups, maps, stride, floats_of(d_fn));
   add_groups(partial.data() + maps, groups, m.count, stride, floats_of(d_base));
-  add_groups(partial.data() + maps + m.count, groups, 3, stride, floats_of(d_scale));
+  add_groups(partial.data() + maps + m.count, groups, scale.size(0), stride, floats_of(d_scale));
   return {d_x, d_fn, d_base, d_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_read_backward(
+    const Tensor& d_h, const Tensor& d_write, const Tensor& d_mix, const Tensor& x, const Tensor& fn,
+    const Tensor& base, const Tensor& scale, const Tensor& projection, const Tensor& inverse_rms, int64_t iterations,
+    double eps) {
+  return backward(maps_of(x, fn, base, scale, iterations, eps), floats(d_h), floats(d_write), floats(d_mix), x, fn,
+                  base, scale, floats(projection), floats(inverse_rms));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_head_backward(const Tensor& d_h, const Tensor& x, const Tensor& fn,
+                                                               const Tensor& base, const Tensor& scale,
+                                                               const Tensor& projection, const Tensor& inverse_rms,
+                                                               double eps) {
+  return backward(maps_of(x, fn, base, scale, 0, eps), floats(d_h), nullptr, nullptr, x, fn, base, scale,
+                  floats(projection), floats(inverse_rms));
 }
 
 Tensor hyper_write(const Tensor& x, const Tensor& y, const Tensor& write, const Tensor& mix) {
@@ -357,6 +380,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_kernels_cpu, CPU, m) {
   m.impl("hyper_read", TORCH_BOX(&hyper_read));
   m.impl("hyper_read_backward", TORCH_BOX(&hyper_read_backward));
   m.impl("hyper_head", TORCH_BOX(&hyper_head));
+  m.impl("hyper_head_backward", TORCH_BOX(&hyper_head_backward));
   m.impl("hyper_write", TORCH_BOX(&hyper_write));
   m.impl("hyper_write_backward", TORCH_BOX(&hyper_write_backward));
 }

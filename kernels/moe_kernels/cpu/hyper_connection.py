@@ -28,11 +28,11 @@ def hyper_read(
 
 
 def hyper_head(x_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, norm_eps: float, eps: float) -> Tensor:
-    """read_t . x_t [T, D]; where there are gradients, the reference computes."""
-    if torch.is_grad_enabled() or not _fits(x_TND, fn_NC, base_N, scale_1):
+    """read_t . x_t [T, D]."""
+    if not _fits(x_TND, fn_NC, base_N, scale_1):
         return reference.hyper_head(x_TND, fn_NC, base_N, scale_1, norm_eps, eps)
     tensors = (tensor.contiguous() for tensor in (x_TND, fn_NC, base_N, scale_1))
-    return torch.ops.moe_kernels_cpu.hyper_head(*tensors, norm_eps, eps)
+    return torch.ops.moe_kernels_cpu.hyper_head(*tensors, norm_eps, eps)[0]
 
 
 def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) -> Tensor:
@@ -65,6 +65,22 @@ def _read_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.moe_kernels_cpu.hyper_read_backward(*parts, *ctx.saved_tensors, *ctx.numbers), None, None, None
 
 
+def _head_shapes(x: Tensor, fn: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    tokens, _, width = x.shape
+    return x.new_empty(tokens, width), x.new_empty(tokens, fn.shape[0]), x.new_empty(tokens)
+
+
+def _head_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.eps = inputs[5]
+
+
+def _head_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.moe_kernels_cpu.hyper_head_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+    return *found, None, None
+
+
 def _write_keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -85,8 +101,15 @@ operator(
     lambda d_h, d_write, d_mix, *inputs: tuple(torch.empty_like(tensor) for tensor in inputs[:4]),
 )
 operator(
-    "hyper_head(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float eps) -> Tensor",
-    lambda x, *others: x.new_empty(x.shape[0], x.shape[2]),
+    "hyper_head(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _head_shapes,
+    (_head_keep, _head_gradients),
+)
+operator(
+    "hyper_head_backward(Tensor d_h, Tensor x, Tensor fn, Tensor base, Tensor scale, Tensor projection,"
+    " Tensor inverse_rms, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda d_h, *inputs: tuple(torch.empty_like(tensor) for tensor in inputs[:4]),
 )
 operator(
     "hyper_write(Tensor x, Tensor y, Tensor write, Tensor mix) -> Tensor",
