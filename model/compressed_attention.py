@@ -246,14 +246,16 @@ def compare_indexer(
     over the entries attended to; mean over the queries that have any (DeepSeek-V3.2, arXiv 2512.02556, equations 3
     and 4, with compressed entries in place of tokens). Recall: share of that attention on the indexer's best entries.
     """
-    real_BS = visible_BST.any(dim=-1) if context.real_BS is None else visible_BST.any(dim=-1) & context.real_BS
+    any_BS = visible_BST.any(dim=-1)
+    real_BS = any_BS if context.real_BS is None else any_BS & context.real_BS
     p_BST = mass_BST / mass_BST.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     if not context.sparse:
         found_BS = (p_BST * best(scores_BST, count)).sum(dim=-1)
         context.note("indexer_recall", (found_BS * real_BS).sum() / real_BS.sum().clamp(min=1))
     if training:
         log_q_BST = scores_BST.masked_fill(~visible_BST, HIDDEN).log_softmax(dim=-1)
-        kl_BS = (torch.xlogy(p_BST, p_BST) - p_BST * log_q_BST).sum(dim=-1)
+        log_p_BST = p_BST.clamp(min=torch.finfo(p_BST.dtype).tiny).log()  # `xlogy` takes one number at a time
+        kl_BS = (p_BST * (log_p_BST - log_q_BST)).sum(dim=-1)
         context.note("indexer_loss", (kl_BS * real_BS).sum() / real_BS.sum().clamp(min=1))
 
 
