@@ -101,8 +101,7 @@ operator(
     lambda d_h, d_write, d_mix, *inputs: tuple(torch.empty_like(tensor) for tensor in inputs[:4]),
 )
 operator(
-    "hyper_head(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "hyper_head(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float eps) -> (Tensor, Tensor, Tensor)",
     _head_shapes,
     (_head_keep, _head_gradients),
 )

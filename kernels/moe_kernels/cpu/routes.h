@@ -53,7 +53,7 @@ void each_expert(int64_t experts, const Make& make, const F& f) {
   });
 }
 
-// y[t] = sum of the K rows of token t.
+// y[t] = sum of the K rows of token t; meanwhile those of the token after the next one are fetched.
 template <class T>
 void combine(const Routes& routes, const T* rows, const Sizes& z, T* y) {
   torch::stable::parallel_for(0, z.tokens, TOKENS, [&](int64_t first, int64_t last) {
