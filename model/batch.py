@@ -254,8 +254,9 @@ class Batch:
         self.cache.settle(self.cache.lengths_B + counts_B)
         drafts = [row[-1] for row in tokens]
         if self.ahead is not None:
-            next_B2 = torch.tensor([(row * 2)[: state.shape[1]] for row in tokens], device=state.device)
-            foretold_BSD = self.net.foretell(state, next_B2, self.ahead, counts_B)
+            width = max(map(len, tokens)) if self.net.decodes(2) else state.shape[1]
+            next_BS = torch.tensor([(row * 2)[:width] for row in tokens], device=state.device)
+            foretold_BSD = self.net.foretell(state[:, :width], next_BS, self.ahead, counts_B)
             self.ahead.settle(self.ahead.lengths_B + counts_B)
             last_BD = foretold_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
             drafts = _head(self.net, last_BD).argmax(dim=-1).tolist()

@@ -27,7 +27,7 @@ class Cache:
     def __init__(self, rows: int, device: torch.device | None = None) -> None:
         self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.capacity = 0  # no row is longer
-        self.frequencies: dict[str, Tensor] = {}  # of `Context`, which has one pass
+        self.frequencies: dict[str, Tensor] = {}  # of rotations, for the contexts of all passes
         self._stores: dict[tuple[str, str], Slots] = {}
 
     def slots(self, layer: str, name: str, size: int | None = None) -> Slots:

@@ -261,9 +261,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Maps& m, const float* 
     constexpr int N = constant();
     float d_read[BLOCK * N], read[BLOCK * N], d_raw[BLOCK * N * (N + 2)], d_square[BLOCK];
     read_dots<N>(m, streams + t * m.channels, grad_h + t * m.width, count, d_read);
-    coefficients_backward<N>(m, projected + t * m.count, inverses + t, d_read, grad_write ? grad_write + t * n : nullptr,
-                             grad_mix ? grad_mix + t * n * n : nullptr, count, read, d_raw, d_square, own + maps, own + maps + m.count,
-                             steps);
+    const float* d_write = grad_write ? grad_write + t * n : nullptr;
+    const float* d_mix = grad_mix ? grad_mix + t * n * n : nullptr;
+    coefficients_backward<N>(m, projected + t * m.count, inverses + t, d_read, d_write, d_mix, count, read, d_raw,
+                             d_square, own + maps, own + maps + m.count, steps);
     streams_backward(m, streams + t * m.channels, grad_h + t * m.width, read, d_raw, d_square, count,
                      grad_x + t * m.channels, own);
   };
