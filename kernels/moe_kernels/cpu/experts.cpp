@@ -47,10 +47,10 @@ Ahead fetched(const Sizes& z, const U* matrices, int64_t size, int64_t e, int64_
   return {steps, wanted ? Bytes(matrices + e * size, size) : Bytes()};
 }
 
-// Inner steps of rows [rows, inner] times [inner, columns].
-int64_t steps(int64_t rows, int64_t columns, int64_t inner) {
-  return parts(rows, HEIGHT) * parts(columns, COLUMNS * W) * inner;
-}
+// Register tiles of a product [rows, columns], and their inner steps.
+int64_t tiles(int64_t rows, int64_t columns) { return parts(rows, HEIGHT) * parts(columns, COLUMNS * W); }
+
+int64_t steps(int64_t rows, int64_t columns, int64_t inner) { return tiles(rows, columns) * inner; }
 
 // What products fetch meanwhile, and after each tile some of the rows that are gathered next.
 template <class T>
@@ -74,9 +74,6 @@ struct NextRows {
       fetch_row(x + *pair / z.choices * z.width, z.width);
   }
 };
-
-// Tiles of a product.
-int64_t tiles(int64_t rows, int64_t columns) { return parts(rows, HEIGHT) * parts(columns, COLUMNS * W); }
 
 // Rows `begin` to `begin + count` of the sorted ones.
 template <class T>
