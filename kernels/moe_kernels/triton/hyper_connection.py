@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.reference import hyper_connection as reference
-from moe_kernels.reference.hyper_connection import hyper_head
 from moe_kernels.triton.sinkhorn import balance, steps, unbalance
 from moe_kernels.triton.tiles import grid, multiply, side
 
@@ -41,6 +40,13 @@ def hyper_write(x_TND: Tensor, y_TD: Tensor, write_TN: Tensor, mix_TNN: Tensor) 
     return _Write.apply(*(tensor.contiguous() for tensor in (x_TND, y_TD, write_TN, mix_TNN)))
 
 
+def hyper_head(x_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, norm_eps: float, eps: float) -> Tensor:
+    """The streams read into one after the last layer, [T, D]."""
+    if not _fits(x_TND, fn_NC, base_N, scale_1):
+        return reference.hyper_head(x_TND, fn_NC, base_N, scale_1, norm_eps, eps)
+    return _Head.apply(*(tensor.contiguous() for tensor in (x_TND, fn_NC, base_N, scale_1)), norm_eps, eps)
+
+
 def _fits(x_TND: Tensor, *others: Tensor) -> bool:
     return x_TND.shape[1] <= MAX_STREAMS and all(tensor.dtype is torch.float32 for tensor in (x_TND, *others))
 
@@ -51,46 +57,54 @@ class _Read(torch.autograd.Function):
         ctx: Any, x_TND: Tensor, fn_PC: Tensor, base_P: Tensor, scale_3: Tensor,
         norm_eps: float, iterations: int, eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        (tokens, streams, width), count = x_TND.shape, fn_PC.shape[0]
-        u_TP, inverse_T = x_TND.new_empty(tokens, count), x_TND.new_empty(tokens)
+        tokens, streams, _ = x_TND.shape
+        u_TP, inverse_T = _projected(x_TND, fn_PC, norm_eps)
         read_TN, write_TN = (x_TND.new_empty(tokens, streams) for _ in range(2))
         mix_TNN, sums_ITN = (
             x_TND.new_empty(tokens, streams, streams),
             x_TND.new_empty(steps(iterations), tokens, streams),
         )
-        h_TD, tiles = x_TND.new_empty(tokens, width), grid(triton.cdiv(tokens, ROWS), x_TND)
-        sizes = (streams * width, count, side(count, 128), ROWS, side(streams * width, COLUMNS))
-        _project[tiles](x_TND, fn_PC, u_TP, inverse_T, tokens, norm_eps, *sizes)
         sizes = (streams, triton.next_power_of_2(streams), ROWS, iterations)
         tensors = (u_TP, base_P, scale_3, read_TN, write_TN, mix_TNN, sums_ITN)
-        _coefficients[tiles](*tensors, tokens, tokens * streams, eps, *sizes)
-        _read[grid(tokens, x_TND)](x_TND, read_TN, h_TD, tokens, streams, width, _block(width))
+        _coefficients[grid(triton.cdiv(tokens, ROWS), x_TND)](*tensors, tokens, tokens * streams, eps, *sizes)
         ctx.save_for_backward(x_TND, fn_PC, base_P, scale_3, u_TP, inverse_T, read_TN, write_TN, mix_TNN, sums_ITN)
         ctx.numbers = iterations, eps
-        return h_TD, write_TN, mix_TNN
+        return _sum(x_TND, read_TN), write_TN, mix_TNN
 
     @staticmethod
     def backward(ctx: Any, d_h_TD: Tensor, d_write_TN: Tensor, d_mix_TNN: Tensor) -> tuple[Tensor | None, ...]:
-        """u = (x fn^T) r with r = 1 / sqrt(mean(x^2) + eps): d_x = r d_u fn - x r^2 (d_u . u) / C + read d_h."""
         x_TND, fn_PC, base_P, scale_3, u_TP, inverse_T, read_TN, write_TN, mix_TNN, sums_ITN = ctx.saved_tensors
-        (tokens, streams, width), (iterations, eps) = x_TND.shape, ctx.numbers
-        d_read_TN, d_z_TP, d_x_TND = torch.empty_like(read_TN), torch.empty_like(u_TP), torch.empty_like(x_TND)
-        d_h_TD = d_h_TD.contiguous()
-        _read_slope[grid(tokens, x_TND)](d_h_TD, x_TND, d_read_TN, tokens, streams, width, _block(width))
-        tensors = (d_read_TN, d_write_TN.contiguous(), d_mix_TNN.contiguous())
+        (tokens, streams, _), (iterations, eps) = x_TND.shape, ctx.numbers
+        d_h_TD, d_z_TP = d_h_TD.contiguous(), torch.empty_like(u_TP)
+        tensors = (_read_gradient(d_h_TD, x_TND), d_write_TN.contiguous(), d_mix_TNN.contiguous())
         tensors = (*tensors, u_TP, base_P, scale_3, read_TN, write_TN, mix_TNN, sums_ITN, d_z_TP)
         sizes = (streams, triton.next_power_of_2(streams), ROWS, iterations)
         _coefficient_slopes[grid(triton.cdiv(tokens, ROWS), x_TND)](*tensors, tokens, tokens * streams, eps, *sizes)
         parts = [streams, streams, streams * streams]
         d_scale_3 = torch.stack([part.sum() for part in (d_z_TP * u_TP).split(parts, dim=1)])
         factors_P = torch.repeat_interleave(scale_3, torch.tensor(parts, device=x_TND.device), output_size=sum(parts))
-        d_u_TP = d_z_TP * factors_P
-        d_p_TP = d_u_TP * inverse_T.unsqueeze(1)
-        shrink_T = (d_u_TP * u_TP).sum(dim=1) * inverse_T.square() / (streams * width)
-        sizes = (streams, width, sum(parts), side(sum(parts), 128), ROWS, side(width, COLUMNS))
-        tasks = triton.cdiv(tokens, ROWS) * streams * triton.cdiv(width, sizes[-1])
-        _stream_slopes[grid(tasks, x_TND)](d_h_TD, x_TND, fn_PC, read_TN, d_p_TP, shrink_T, d_x_TND, tokens, *sizes)
-        return d_x_TND, d_p_TP.t() @ x_TND.flatten(1), d_z_TP.sum(dim=0), d_scale_3, None, None, None
+        gradients = _map_gradients(d_h_TD, x_TND, fn_PC, read_TN, u_TP, inverse_T, d_z_TP * factors_P)
+        return *gradients, d_z_TP.sum(dim=0), d_scale_3, None, None, None
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, norm_eps: float, eps: float
+    ) -> Tensor:
+        u_TN, inverse_T = _projected(x_TND, fn_NC, norm_eps)
+        share_TN = (u_TN * scale_1 + base_N).sigmoid()
+        read_TN = share_TN + eps
+        ctx.save_for_backward(x_TND, fn_NC, scale_1, u_TN, inverse_T, share_TN, read_TN)
+        return _sum(x_TND, read_TN)
+
+    @staticmethod
+    def backward(ctx: Any, d_h_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TND, fn_NC, scale_1, u_TN, inverse_T, share_TN, read_TN = ctx.saved_tensors
+        d_h_TD = d_h_TD.contiguous()
+        d_z_TN = _read_gradient(d_h_TD, x_TND) * share_TN * (1 - share_TN)
+        gradients = _map_gradients(d_h_TD, x_TND, fn_NC, read_TN, u_TN, inverse_T, d_z_TN * scale_1)
+        return *gradients, d_z_TN.sum(dim=0), (d_z_TN * u_TN).sum().view(1), None, None
 
 
 class _Write(torch.autograd.Function):
@@ -109,6 +123,44 @@ class _Write(torch.autograd.Function):
         tensors = (grad_TND.contiguous(), *inputs, *found)
         _write_slopes[grid(tokens, inputs[0])](*tensors, tokens, *_write_sizes(inputs[0]))
         return tuple(found)
+
+
+def _projected(x_TND: Tensor, fn_PC: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x) fn^T [T, P], the norm's factor r of each token [T])."""
+    (tokens, streams, width), count = x_TND.shape, fn_PC.shape[0]
+    u_TP, inverse_T = x_TND.new_empty(tokens, count), x_TND.new_empty(tokens)
+    sizes = (streams * width, count, side(count, 128), ROWS, side(streams * width, COLUMNS))
+    _project[grid(triton.cdiv(tokens, ROWS), x_TND)](x_TND, fn_PC, u_TP, inverse_T, tokens, norm_eps, *sizes)
+    return u_TP, inverse_T
+
+
+def _sum(x_TND: Tensor, read_TN: Tensor) -> Tensor:
+    tokens, streams, width = x_TND.shape
+    h_TD = x_TND.new_empty(tokens, width)
+    _read[grid(tokens, x_TND)](x_TND, read_TN, h_TD, tokens, streams, width, _block(width))
+    return h_TD
+
+
+def _read_gradient(d_h_TD: Tensor, x_TND: Tensor) -> Tensor:
+    tokens, streams, width = x_TND.shape
+    d_read_TN = x_TND.new_empty(tokens, streams)
+    _read_slope[grid(tokens, x_TND)](d_h_TD, x_TND, d_read_TN, tokens, streams, width, _block(width))
+    return d_read_TN
+
+
+def _map_gradients(
+    d_h_TD: Tensor, x_TND: Tensor, fn_PC: Tensor, read_TN: Tensor, u_TP: Tensor, inverse_T: Tensor, d_u_TP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(d_x [T, N, D], d_fn [P, C]) of h = read x and u = (x fn^T) r with r = 1 / sqrt(mean(x^2) + eps):
+    d_x = r d_u fn - x r^2 (d_u . u) / C + read d_h.
+    """
+    (tokens, streams, width), count = x_TND.shape, fn_PC.shape[0]
+    d_p_TP, d_x_TND = d_u_TP * inverse_T.unsqueeze(1), torch.empty_like(x_TND)
+    shrink_T = (d_u_TP * u_TP).sum(dim=1) * inverse_T.square() / (streams * width)
+    sizes = (streams, width, count, side(count, 128), ROWS, side(width, COLUMNS))
+    tasks = triton.cdiv(tokens, ROWS) * streams * triton.cdiv(width, sizes[-1])
+    _stream_slopes[grid(tasks, x_TND)](d_h_TD, x_TND, fn_PC, read_TN, d_p_TP, shrink_T, d_x_TND, tokens, *sizes)
+    return d_x_TND, d_p_TP.t() @ x_TND.flatten(1)
 
 
 def _block(width: int) -> int:
