@@ -26,11 +26,10 @@ import psutil
 import report
 from measure import Row, text_of
 from moe_kernels import device as devices
+from shapes import STEPS
 
 HERE = Path(__file__).parent
-STEPS = [("v3", "float32", 256), ("v3", "bfloat16", 256), ("v4", "float32", 256), ("v4", "bfloat16", 256)]
-STEPS += [("v3", "bfloat16", 512), ("v4", "bfloat16", 512)]
-TOPICS = ("memory", "optimizer", "threads", "decoding", "prefill", "data", "project")
+TOPICS = ("alone", "memory", "optimizer", "threads", "decoding", "prefill", "data", "project")
 ROUNDS = {"v4": 3, "512": 3, "decoding": 2, "prefill": 2}
 QUIET_LOAD = 0.5  # of the cores
 ENVIRONMENT = {  # large buffers stay with the process: fresh pages cost most of a copy

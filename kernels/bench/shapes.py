@@ -38,6 +38,9 @@ WIDE = {
     "v4": V4.replace(**TWICE, o_lora_rank=128),
 }
 SHAPES = {"v3": V3, "v4": V4}
+# Steps of the table: family, precision, hidden size.
+STEPS = [("v3", "float32", 256), ("v3", "bfloat16", 256), ("v4", "float32", 256), ("v4", "bfloat16", 256)]
+STEPS += [("v3", "bfloat16", 512), ("v4", "bfloat16", 512)]
 
 
 def shape(family: str, hidden_size: int) -> ModelConfig:

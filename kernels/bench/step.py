@@ -144,19 +144,20 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> list[Row]:
     name = f"{family.upper()} step, {precision}" + (f", hidden {size}" if size > 256 else "")
     key = f"{family}-{precision}-{size}"
     targets = TARGETS[family, precision]
-    found = [_row(f"{key}-shipped", f"{name}: over transformers as shipped", targets[0], times, SHIPPED, rows)]
+    found = [row(f"{key}-shipped", f"{name}: over transformers as shipped", targets[0], times, SHIPPED, rows)]
     tuned = [peer_name for peer_name in (TUNED, COMPILED, TITAN) if peer_name in times]
     if tuned:
         best = fastest(times, tuned)
-        found.append(_row(f"{key}-tuned", f"{name}: over the best tuned peer ({best})", targets[1], times, best, rows))
+        found.append(row(f"{key}-tuned", f"{name}: over the best tuned peer ({best})", targets[1], times, best, rows))
     if DENSE in times:
         what = "a dense model of equal active parameters"
-        found.append(_row(f"{key}-dense", f"{name}: over {what}", targets[2], times, DENSE, rows))
+        found.append(row(f"{key}-dense", f"{name}: over {what}", targets[2], times, DENSE, rows))
     found.append(_share(f"{key}-matmul", f"{name}: share of the best {precision} matrix product", config, data, times))
     return found
 
 
-def _row(key: str, what: str, target: float, times: Times, other: str, rows: int) -> Row:
+def row(key: str, what: str, target: float, times: Times, other: str, rows: int) -> Row:
+    """How many times as fast ours is as another contender; both in tokens a second too, of `rows` rows."""
     value, spread = ratio(times[other], times[OURS])
     speeds = {name: round(rows * LENGTH / median(seconds)) for name, seconds in times.items()}
     texts = [f"{speeds[name]:,} tokens/s" for name in (OURS, other)]
