@@ -34,8 +34,9 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; PyTorch {m['versions']['torch']}, transformers "
         f"{m['versions']['transformers']}, {content['date']}, load {m['load']} at the start. Steps are of 4 x 512 "
-        "tokens on one thread, with the same memory settings for all, where no line says `all cores`: there each side "
-        "is alone in its process, as who trains would run it. In parentheses the least and the most of the rounds.",
+        "tokens. They run on one thread, all sides in one process and with the same memory settings, unless a row says "
+        "`all cores`: there each side runs alone in its own process, as someone who trains would run it. In "
+        "parentheses the least and the most of the rounds.",
         "",
         "| what | target | measured | | ours | peer |",
         "|---|---|---|---|---|---|",
