@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -125,13 +126,14 @@ def in_turn(
     check: gets what each returned, after every round, the first ones included.
     """
     taken: Times = {name: [] for name in contenders}
-    names = list(contenders)
-    for number in range(warm + rounds):
+    names = deque(contenders)
+    for _ in range(warm + rounds):
         found = {}
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in names:
             start = now(device, wall)
             found[name] = contenders[name]()
             taken[name].append(now(device, wall) - start)
+        names.rotate(-1)
         if check:
             check(found)
     return {name: seconds[warm:] for name, seconds in taken.items()}

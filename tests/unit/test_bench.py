@@ -83,6 +83,7 @@ def test_contenders_take_turns_and_the_first_rounds_do_not_count(bench: ModuleTy
     sides = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = bench.measure.in_turn(sides, 2, torch.device("cpu"), warm=warm)
     assert calls == list(turns) and [len(seconds) for seconds in times.values()] == [2, 2]
+    assert bench.measure.in_turn({}, 2, torch.device("cpu")) == {}
     assert bench.measure.ratio([2.0, 6.0, 4.0], [1.0, 2.0, 1.0]) == (3.0, (2.0, 4.0))
 
 
