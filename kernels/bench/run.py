@@ -58,7 +58,8 @@ def main() -> None:
         rows += found or []
         failed += [] if found is not None else [" ".join(command)]
     met = [row.met for row in rows]
-    print(f"\n{met.count(True)} targets met, {met.count(False)} not met, {met.count(None)} without a figure")
+    shapes = "; the targets are for the shapes of make bench" if quick else ""
+    print(f"\n{met.count(True)} targets met, {met.count(False)} not met, {met.count(None)} without a figure{shapes}")
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
     if not quick:
