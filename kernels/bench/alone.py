@@ -19,15 +19,13 @@ from multiprocessing.connection import Connection
 
 import peers
 import torch
-from measure import Row, Settings, in_turn, main, require_equal
+from measure import Row, Settings, busy, in_turn, main, require_equal
 from moe_kernels import device as devices
 from shapes import STEPS, shape, tokens
 from step import COMPILED, OURS, SHIPPED, TARGETS, TOLERANCES, WARM, Contender, compiles, ours, row, transformers_peer
 
 from model import ModelConfig, build
 from model.transformer import MoETransformer
-
-BUSY = 2.5  # load
 
 
 def _compiled(net: MoETransformer) -> Contender:
@@ -66,14 +64,13 @@ def _rows(family: str, precision: str, size: int, settings: Settings) -> list[Ro
             check=lambda losses: require_equal("the loss", losses, SHIPPED, tolerances),
             warm=WARM,
         )
-    note = "" if (load := os.getloadavg()[0]) < BUSY else f"the machine was busy: load {load:.1f}"
     name = f"{family.upper()} step, {precision}{f', hidden {size}' if size > 256 else ''}, all cores"
     key, targets = f"alone-{family}-{precision}-{size}", TARGETS[family, precision]
     found = [row(f"{key}-shipped", f"{name}: over transformers as shipped", targets[0], times, SHIPPED, rows)]
     if COMPILED in times:
         found.append(row(f"{key}-tuned", f"{name}: over {COMPILED}", targets[1], times, COMPILED, rows))
     for line in found:
-        line.note = note
+        line.note = busy()
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -22,6 +23,7 @@ import torch
 from moe_kernels import device as devices
 
 Times = dict[str, list[float]]
+BUSY = 2.5  # load
 
 
 @dataclass
@@ -111,6 +113,11 @@ def now(device: torch.device, wall: bool = False) -> float:
         return time.perf_counter() if wall else time.process_time()
     torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def busy() -> str:
+    """A note for rows of wall time on two threads, where other jobs had a part of the cores."""
+    return "" if (load := os.getloadavg()[0]) < BUSY else f"the machine was busy: load {load:.1f}"
 
 
 def in_turn(

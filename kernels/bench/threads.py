@@ -10,7 +10,7 @@ import os
 from statistics import median
 
 import torch
-from measure import Row, Settings, in_turn, main, ratio
+from measure import Row, Settings, busy, in_turn, main, ratio
 from shapes import LENGTH, SHAPES, tokens
 from step import Contender, ours
 from torch import Tensor
@@ -35,10 +35,9 @@ def _row(family: str, settings: Settings) -> Row:
     times = in_turn(sides, settings.rounds, settings.device, wall=True)
     value, spread = ratio(times["1"], times["2"])
     speeds = [f"{rows * LENGTH / median(seconds):,.0f} tokens/s" for seconds in times.values()]
-    note = "" if (load := os.getloadavg()[0]) < 2.5 else f"the machine was busy: load {load:.1f}"
     what = f"{family.upper()} step, float32: two threads over one"
     return Row(
-        f"threads-{family}", what, TARGET, value, unit="x", spread=spread, ours=speeds[1], peer=speeds[0], note=note
+        f"threads-{family}", what, TARGET, value, unit="x", spread=spread, ours=speeds[1], peer=speeds[0], note=busy()
     )
 
 
