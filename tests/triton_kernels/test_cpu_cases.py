@@ -8,22 +8,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
-FILE = Path(__file__).parents[1] / "parity" / "test_cpu_kernels.py"
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+FOLDER = Path(__file__).parents[1] / "parity" / "cpu_kernels"
 LONGEST = 80  # axis of a shape
 # how their names begin
 PARITY = ("attention", "experts", "hyper", "rms_norm", "rotate", "route", "swiglu", "window_attention")
 
 
-def cpu_kernels() -> ModuleType:
-    """The module of the other tests, comparing with this backend."""
-    spec = importlib.util.spec_from_file_location("cpu_kernels", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.BACKEND, module.TOLERANCE = "triton", TOLERANCE
-    return module
+def module(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"cpu_kernels_{file.stem}", file)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def of_small_shapes(test: Callable[..., None]) -> Callable[..., None]:
@@ -38,7 +34,8 @@ def of_small_shapes(test: Callable[..., None]) -> Callable[..., None]:
 globals().update(
     {
         name: of_small_shapes(value)
-        for name, value in vars(cpu_kernels()).items()
+        for file in sorted(FOLDER.glob("test_*.py"))
+        for name, value in vars(module(file)).items()
         if name.startswith(tuple(f"test_{operation}" for operation in PARITY)) and "as_many_rows" not in name
     }
 )
