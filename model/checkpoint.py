@@ -107,7 +107,7 @@ def _copied(state: Any) -> Any:
 def _is_sound(path: Path) -> bool:
     """Whether the state is the one that was written; warns when it is not."""
     try:
-        sound = (path / "sha256").read_text() == _sha256(path / "state.pt")
+        sound = (path / "sha256").read_bytes() == _sha256(path / "state.pt").encode()
     except OSError:
         sound = False
     if not sound:

@@ -21,6 +21,11 @@ LAYER_TYPES, MLP_LAYER_TYPES = (SLIDING, SPARSE, HEAVY), ("hash_moe", "moe")
 RATIOS = {0: SLIDING, 4: SPARSE, 128: HEAVY}  # of DeepSeek's own config.json
 ROPE_YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 ROPE_TYPES = ("default", "yarn")
+ALWAYS = {"attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False}
+FIXED = {  # what a config.json may say of things that are one way here
+    V3: ALWAYS | {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    V4: ALWAYS | {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc"},
+}
 ONLY_V3 = {"intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group"}
 ONLY_V3 |= {"topk_group", "first_k_dense_replace"}
 ONLY_V4 = {"head_dim", "o_groups", "o_lora_rank", "sliding_window", "layer_types", "compress_rates"}
@@ -138,15 +143,20 @@ class ModelConfig:
         kind = content.get("model_type")
         if kind not in (V3, V4):
             raise ValueError(f"model_type is {kind!r}; this code reads {V3!r} and {V4!r}")
+        for key, value in FIXED[kind].items():
+            found = content.get(key)
+            _require(found in (None, value), f"{key} is {found!r}; this code computes {kind} with {value!r}")
         known = {f.name for f in dataclasses.fields(cls)} - (ONLY_V4 if kind == V3 else ONLY_V3 - {"qk_rope_head_dim"})
         fields = {key: value for key, value in content.items() if key in known and (value is not None or "lora" in key)}
+        if "n_shared_experts" in content:
+            fields["n_shared_experts"] = content["n_shared_experts"] or 0
         fields["rope_parameters"] = _rope_v4(content) if kind == V4 else _rope_v3(content)
         return cls(**(fields | (_fields_v4(content) if kind == V4 else {})))
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that transformers' DeepseekV3Config or DeepseekV4Config reads."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in (ONLY_V3 if self.is_v4 else ONLY_V4)}
-        shared = {"dtype": "float32", "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False}
+        shared = {"dtype": "float32"} | ALWAYS
         if not self.is_v4:
             own = {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}
             return shared | fields | own | {"num_key_value_heads": self.num_attention_heads}
@@ -342,6 +352,9 @@ def _continued(types: list[str], layers: int, period: int) -> list[str]:
 
 def _rope_v3(content: dict[str, Any]) -> dict[str, Any]:
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    for key, value in (("attention_factor", None), ("truncate", True)):
+        found = rope.get(key)
+        _require(found in (None, value), f"{key} is {found!r}; this code computes {V3} with {value!r}")
     theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
     return _rope(rope, theta)
 

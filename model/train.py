@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.checkpoint import CheckpointStore, CheckpointWriter
 from model.data import Batch, Rows, batch
-from model.losses import IGNORED, losses_of
+from model.losses import IGNORED, later_targets, losses_of
 from model.optim import adamw, balance_experts, bias_range, muon
 from model.precision import autocast
 from model.schedule import batch_rows, first_row, learning_rate, mtp_weight
@@ -166,19 +166,30 @@ def _backward(
     weights = {"loss": 1.0, "mtp_loss": ahead}
     weights |= {"balance_loss": config.balance_weight, "indexer_loss": config.indexer_weight}
     parts = data.split(max(1, (config.micro_batch_tokens or data.input_ids.numel()) // data.input_ids.shape[1]))
-    counted = [int((part.targets != IGNORED).sum()) for part in parts]
+    counted = [_counted(part) for part in parts]
     means: dict[str, Tensor] = {}
-    statistics: dict[str, Tensor] = {}
-    for part, count in zip(parts, counted, strict=True):
+    statistics: dict[str, list[Tensor]] = {}
+    for part, counts in zip(parts, counted, strict=True):
         with autocast(config.precision, device):
             tensors = (part.input_ids.to(device), part.targets.to(device), part.document_ids.to(device))
             losses, seen = losses_of(net, *tensors, sparse=step >= config.dense_attention_steps)
-        share = count / max(sum(counted), 1)
-        torch.stack([weights[name] * share * loss for name, loss in losses.items()]).sum().backward()
-        means = {name: means.get(name, 0.0) + share * loss.detach() for name, loss in losses.items()}
-        statistics = {name: statistics[name] + value if statistics else value for name, value in seen.items()}
-    load_ME = statistics.pop("expert_load")
-    return means, {name: value / len(parts) for name, value in statistics.items()} | {"expert_load": load_ME}
+        share = {name: counts[name] / max(sum(each[name] for each in counted), 1) for name in losses}
+        torch.stack([weights[name] * share[name] * loss for name, loss in losses.items()]).sum().backward()
+        means = {name: means.get(name, 0.0) + share[name] * loss.detach() for name, loss in losses.items()}
+        for name, value in seen.items():
+            statistics.setdefault(name, []).append(value)
+    joined = {"expert_load": Tensor.sum, "sinkhorn_error": Tensor.amax}
+    return means, {
+        name: joined.get(name, Tensor.mean)(torch.stack(values), dim=0) for name, values in statistics.items()
+    }
+
+
+def _counted(part: Batch) -> dict[str, int]:
+    """What each loss is a mean over; the indexer's counts a few tokens less, those that see no entry yet."""
+    real = int((part.document_ids >= 0).sum())
+    targets = {"loss": part.targets, "mtp_loss": later_targets(part.targets, part.document_ids)}
+    counts = {name: int((values != IGNORED).sum()) for name, values in targets.items()}
+    return counts | {"balance_loss": real, "indexer_loss": real}
 
 
 def _health(net: MoETransformer, statistics: dict[str, Tensor]) -> dict[str, Tensor]:

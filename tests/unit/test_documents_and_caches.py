@@ -290,6 +290,30 @@ def test_impossible_v4_architectures_are_named(changes: dict, sentence: str) -> 
         V4.replace(**changes)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "sentence"),
+    [
+        ("demo-v3", {"rope_interleave": False}, "rope_interleave is False; this code computes deepseek_v3 with True"),
+        ("demo-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; .* with 'sigmoid'"),
+        ("demo-v3", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("demo-v3", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor is 2.0; .* with None"),
+        ("demo-v3", {"rope_parameters": YARN | {"truncate": False}}, "truncate is False"),
+        ("demo", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; this code computes deepseek_v4 with 'silu'"),
+        ("demo", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ("demo", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ("demo", {"n_shared_experts": None}, "n_shared_experts is 0; it must be at least 1"),
+    ],
+)
+def test_a_config_json_of_another_architecture_is_refused(preset: str, changes: dict, sentence: str) -> None:
+    content = ModelConfig.preset(preset).to_dict()
+    assert ModelConfig.from_dict(content) == ModelConfig.preset(preset)
+    with pytest.raises(ValueError, match=sentence):
+        ModelConfig.from_dict(content | changes)
+
+
 def test_another_number_of_layers_continues_the_pattern() -> None:
     flash = ModelConfig.preset("v4-flash")
     assert flash.replace(num_hidden_layers=2).layer_types == [SLIDING, SLIDING]

@@ -204,7 +204,7 @@ def test_checkpoints_are_checked_and_a_damaged_one_is_skipped(tmp_path: Path) ->
     (store.folder / "step-00000003" / "state.pt").write_bytes(b"half")
     with pytest.warns(UserWarning, match="damaged"):
         assert store.latest() == {"step": 2}
-    (store.folder / "step-00000002" / "sha256").unlink()
+    (store.folder / "step-00000002" / "sha256").write_bytes(b"\xff")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert store.latest() is None
