@@ -13,10 +13,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.presets import PRESETS, ROPE_DEFAULT
+from model.presets import HEAVY, PRESETS, ROPE_DEFAULT, SLIDING, SPARSE
 
 V3, V4 = "deepseek_v3", "deepseek_v4"
-SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 LAYER_TYPES, MLP_LAYER_TYPES = (SLIDING, SPARSE, HEAVY), ("hash_moe", "moe")
 RATIOS = {0: SLIDING, 4: SPARSE, 128: HEAVY}  # of DeepSeek's own config.json
 ROPE_YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")

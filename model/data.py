@@ -1,5 +1,5 @@
-"""Batches of packed documents. Which tokens a row holds is a pure function of (seed, index of the row), so a resumed
-run, on any number of devices, sees the same stream.
+"""Batches of packed documents. Which tokens a row holds is a pure function of (seed, index of the row), so a run that
+was killed and resumed sees the same stream.
 
 Pretraining joins the documents of one epoch in a shuffled order and cuts that stream into rows; the rows are shuffled
 again, so that any batch holds the sources in about the corpus's proportion. Chat packs whole dialogues into rows.

@@ -1,6 +1,6 @@
 """Low-rank adaptation (arXiv 2106.09685): W + (alpha / rank) * B A, trained while W rests, merged at the end.
 
-Every matrix of the blocks takes part, the stacked experts too: each expert gets a pair of its own.
+Every matrix of the blocks takes part but those of routers and hyper-connections; each expert gets a pair of its own.
 """
 
 from __future__ import annotations

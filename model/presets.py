@@ -13,7 +13,7 @@ V4_YARN = {"rope_type": "yarn", "rope_theta": 160000.0, "factor": 16.0, "beta_fa
 V4_ROPE = {"main": ROPE_DEFAULT, "compress": V4_YARN | {"original_max_position_embeddings": 65536}}
 V3_ROPE = ROPE_DEFAULT | {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
 V3_ROPE |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
-WINDOW, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
 V4_FLASH: dict[str, Any] = {
     "vocab_size": 129280,
@@ -33,7 +33,7 @@ V4_FLASH: dict[str, Any] = {
     "o_groups": 8,
     "o_lora_rank": 1024,
     "sliding_window": 128,
-    "layer_types": [WINDOW, WINDOW, *[SPARSE, HEAVY] * 20, SPARSE],
+    "layer_types": [SLIDING, SLIDING, *[SPARSE, HEAVY] * 20, SPARSE],
     "mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * 40,
     "index_n_heads": 64,
     "index_head_dim": 128,
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "moe_intermediate_size": 96,
         "num_experts_per_tok": 4,
-        "layer_types": [WINDOW, SPARSE, HEAVY, SPARSE, HEAVY, WINDOW],
+        "layer_types": [SLIDING, SPARSE, HEAVY, SPARSE, HEAVY, SLIDING],
         "mlp_layer_types": ["hash_moe"] + ["moe"] * 5,
         "compress_rates": {SPARSE: 4, HEAVY: 32},
         "rope_parameters": {"main": ROPE_DEFAULT, "compress": V4_YARN | {"original_max_position_embeddings": 4096}},

@@ -1,7 +1,7 @@
 """What a stage does now, in files, so that every notebook and terminal can watch a stage that another process runs.
 
 A stage leaves one line of JSON an event in .runs/<place>/progress/<label>.jsonl. The place is `workspace` for stages in
-the repository itself (`dvc repro`, torchrun, by hand), the run's id for a run in a folder of its own
+the repository itself (`dvc repro`, by hand), the run's id for a run in a folder of its own
 (pipelines/workbench/trials.py), the experiment's name for one that DVC runs in a temporary folder. A lock lets a stage
 run once at a time.
 """

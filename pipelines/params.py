@@ -64,7 +64,7 @@ class Training(Section):
     """What pretraining and fine-tuning share."""
 
     steps: int = Field(ge=1, description="optimiser steps")
-    batch_tokens: int = Field(ge=8, description="tokens a step over all devices")
+    batch_tokens: int = Field(ge=8, description="tokens a step")
     sequence_length: int = Field(ge=8, description="tokens a row; documents are packed, attention stays inside each")
     learning_rate: float = Field(gt=0, le=1, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")

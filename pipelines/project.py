@@ -107,7 +107,7 @@ def runs() -> pd.DataFrame:
 
 
 def attach(run: Run | str = "workspace") -> Run:
-    """A run by its id, wherever it was started; "workspace" is what `dvc repro`, torchrun or `shovel run` do here.
+    """A run by its id, wherever it was started; "workspace" is what `dvc repro` or `shovel run` do here.
 
     >>> run = project.attach("pretrain-1124-235501")
     >>> run.status, run.metrics, run.curve, run.log

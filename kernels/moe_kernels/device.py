@@ -1,4 +1,4 @@
-"""The one place that knows device names. Everything else asks here and passes `torch.device` objects around.
+"""The one place that calls the runtime of a device. Everything else asks here and passes `torch.device` objects around.
 
 The accelerator is found through `torch.accelerator`, so a backend that registers itself there (Ascend NPU, Cambricon
 MLU, Moore Threads MUSA, Teco SDAA, CUDA, ...) needs no code of its own. Published peaks are in peaks.json, each with

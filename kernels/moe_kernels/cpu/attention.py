@@ -1,6 +1,6 @@
 """Causal attention within documents by tiles that skip what nobody sees; `attention.cpp` has the passes and their cost.
 
-Shapes: B batch, S queries, T keys, H heads, D query and key channels, V value channels. fp32 inside.
+Shapes: B batch, S queries, T keys, H heads, D query and key channels, V value channels. Sums are fp32.
 """
 
 from __future__ import annotations

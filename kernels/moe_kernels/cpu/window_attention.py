@@ -1,7 +1,8 @@
 """Window attention by tiles that skip what nobody sees; `window_attention.cpp` has the passes and their cost.
 
 Shapes: B rows, S queries, K keys, H heads, D channels, T compressed entries, W tokens of the window.
-All arithmetic is fp32, also for bfloat16 tensors. Attention over a cache goes to the reference.
+Sums are fp32; with bfloat16 tensors the operands of products are bfloat16, probabilities too. Attention over a cache
+goes to the reference.
 """
 
 from __future__ import annotations
