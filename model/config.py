@@ -82,6 +82,9 @@ class ModelConfig:
     swiglu_limit: float = 10.0
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+            _check_type(each.name, getattr(self, each.name), default, "None" in str(each.type))
         _require(
             self.model_type in (V3, V4),
             f"model_type is {self.model_type!r}; choose one of {V3!r}, {V4!r}",
@@ -122,16 +125,15 @@ class ModelConfig:
 
         With another number of layers and no types given, the list of types is cut, or goes on as it ended.
         """
-        known = {f.name: f for f in dataclasses.fields(self)}
-        for key, value in changes.items():
+        known = {f.name for f in dataclasses.fields(self)}
+        for key in changes:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(
                     f"{key!r} is not a field of the model{f'; did you mean {close[0]!r}' if close else ''}"
                 )
-            _check_type(key, value, getattr(self, key), "None" in str(known[key].type))
         layers = changes.get("num_hidden_layers", self.num_hidden_layers)
-        if changes.get("model_type", self.model_type) == self.model_type == V4 and layers > 0:
+        if changes.get("model_type", self.model_type) == self.model_type == V4 and type(layers) is int and layers > 0:
             types = {"layer_types": _continued(self.layer_types, layers, 2)}
             changes = types | {"mlp_layer_types": _continued(self.mlp_layer_types, layers, 1)} | changes
         return dataclasses.replace(self, **changes)
@@ -140,8 +142,14 @@ class ModelConfig:
     def from_dict(cls, content: dict[str, Any]) -> ModelConfig:
         """From a config.json; raises `ValueError` when it describes another architecture."""
         kind = content.get("model_type")
-        if kind not in (V3, V4):
-            raise ValueError(f"model_type is {kind!r}; this code reads {V3!r} and {V4!r}")
+        _require(kind in (V3, V4), f"model_type is {kind!r}; this code reads {V3!r} and {V4!r}")
+        try:
+            return cls(**cls._fields(kind, content))
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"a value has a type that it has in no {kind}: {error}") from None
+
+    @classmethod
+    def _fields(cls, kind: str, content: dict[str, Any]) -> dict[str, Any]:
         for key, value in FIXED[kind].items():
             found = content.get(key)
             _require(found in (None, value), f"{key} is {found!r}; this code computes {kind} with {value!r}")
@@ -150,7 +158,7 @@ class ModelConfig:
         if "n_shared_experts" in content:
             fields["n_shared_experts"] = content["n_shared_experts"] or 0
         fields["rope_parameters"] = _rope_v4(content) if kind == V4 else _rope_v3(content)
-        return cls(**(fields | (_fields_v4(content) if kind == V4 else {})))
+        return fields | (_fields_v4(content) if kind == V4 else {})
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that transformers' DeepseekV3Config or DeepseekV4Config reads."""
@@ -182,8 +190,21 @@ class ModelConfig:
     def _check_sizes(self) -> None:
         least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
         least |= {"n_routed_experts": 1, "n_shared_experts": 1, "moe_intermediate_size": 1, "qk_rope_head_dim": 2}
+        least |= {"max_position_embeddings": 1, "q_lora_rank": 1}
+        if not self.is_v4:
+            least |= {"kv_lora_rank": 1, "v_head_dim": 1, "intermediate_size": 1, "first_k_dense_replace": 0}
+            least |= {"qk_nope_head_dim": 0}
         for name, minimum in least.items():
-            _require(getattr(self, name) >= minimum, f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+            size = getattr(self, name)
+            _require(size is None or size >= minimum, f"{name} is {size}; it must be at least {minimum}")
+        for name in (
+            "rms_norm_eps",
+            "routed_scaling_factor",
+            "initializer_range",
+            *(("hc_eps",) if self.is_v4 else ()),
+        ):
+            number = getattr(self, name)
+            _require(0 < number < 1e4, f"{name} is {number}; it must be above 0 and below 10,000")
         _require(
             1 <= self.num_experts_per_tok <= self.n_routed_experts,
             f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and n_routed_experts "
@@ -194,6 +215,11 @@ class ModelConfig:
             self.num_nextn_predict_layers in (0, 1),
             f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; it must be 0 or 1",
         )
+        for kind in ("main", "compress") if self.is_v4 else ():
+            rope = self.rope_parameters.get(kind)
+            _require(
+                isinstance(rope, dict), f"rope_parameters[{kind!r}] is {rope!r}; name its rope_type and rope_theta"
+            )
         for rope in self.rope_parameters.values() if self.is_v4 else (self.rope_parameters,):
             _check_rope(rope)
 
@@ -213,7 +239,8 @@ class ModelConfig:
             f"(n_routed_experts {self.n_routed_experts}, topk_group {self.topk_group} of n_group {groups})",
         )
         _require(
-            groups == 1 or self.n_routed_experts // groups >= 2, "each group needs at least two experts; lower n_group"
+            self.n_routed_experts // groups >= 2,
+            f"n_routed_experts ({self.n_routed_experts}) leaves a group one expert; it needs at least two",
         )
         _require(
             self.v_head_dim <= self.qk_head_dim,
@@ -231,14 +258,13 @@ class ModelConfig:
             )
         for kind in (SPARSE, HEAVY):
             rate = self.compress_rates.get(kind)
-            _require(
-                isinstance(rate, int) and rate >= 1, f"compress_rates[{kind!r}] is {rate!r}; it must be at least 1"
-            )
+            _require(type(rate) is int and rate >= 1, f"compress_rates[{kind!r}] is {rate!r}; it must be at least 1")
         for name in ("sliding_window", "o_lora_rank", "index_n_heads", "index_head_dim", "index_topk", "hc_mult"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.hc_sinkhorn_iters >= 1, f"hc_sinkhorn_iters is {self.hc_sinkhorn_iters}; it must be at least 1")
         _require(self.n_shared_experts == 1, f"n_shared_experts is {self.n_shared_experts}; DeepSeek-V4 has one")
         _require(self.q_lora_rank is not None, "q_lora_rank is None; DeepSeek-V4 needs a number")
+        _require(self.norm_topk_prob, "norm_topk_prob is False; DeepSeek-V4 normalises the weights of the experts")
         _require(
             self.o_groups >= 1 and self.num_attention_heads % self.o_groups == 0,
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of o_groups ({self.o_groups})",
@@ -365,9 +391,16 @@ def _rope_v4(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         scaling = nested or content.get("rope_scaling") or {}
         nested = {"main": {"rope_theta": content.get("rope_theta", 1e4)}}
         nested["compress"] = scaling | {"rope_theta": content.get("compress_rope_theta", 1.6e5)}
-    factor = nested["compress"].get("attention_factor", 1.0)
-    _require(factor in (1.0, None), f"attention_factor is {factor}; DeepSeek-V4 does not scale rotations, so it is 1.0")
-    return {name: _rope(rope, rope["rope_theta"]) for name, rope in nested.items()}
+        nested["compress"].setdefault("attention_factor", 1.0)
+    parts = {rope.get("partial_rotary_factor") for rope in nested.values()}
+    _require(len(parts) == 1, f"partial_rotary_factor differs from layer to layer ({parts}); DeepSeek-V4 has one")
+    for name, rope in nested.items():
+        factor = rope.get("attention_factor") if rope.get("rope_type") == "yarn" else 1.0
+        _require(
+            factor == 1.0,
+            f"attention_factor of {name!r} is {factor}; DeepSeek-V4 does not scale rotations, so it has to be 1.0",
+        )
+    return {name: _rope(rope, rope.get("rope_theta", 1e4)) for name, rope in nested.items()}
 
 
 def _rope(rope: dict[str, Any], theta: float) -> dict[str, Any]:
@@ -377,11 +410,18 @@ def _rope(rope: dict[str, Any], theta: float) -> dict[str, Any]:
 
 
 def _check_rope(rope: dict[str, Any]) -> None:
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type")
     _require(kind in ROPE_TYPES, f"rope_type is {kind!r}; choose one of {', '.join(map(repr, ROPE_TYPES))}")
     needed = ("rope_theta", *(("factor", "original_max_position_embeddings") if kind == "yarn" else ()))
     missing = [key for key in needed if key not in rope]
     _require(not missing, f"rope_parameters lack {', '.join(missing)}; add them")
+    for key in ("rope_theta", *ROPE_YARN_KEYS):
+        number = rope.get(key, 1)
+        _require(
+            isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf,
+            f"{key} of rope_parameters is {number!r}; it must be a number above 0",
+        )
+    _require(rope["rope_theta"] > 1, f"rope_theta is {rope['rope_theta']}; it must be above 1")
 
 
 def _fields_v4(content: dict[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _health(net: MoETransformer, statistics: dict[str, Tensor]) -> dict[str, Ten
     load_ME = statistics["expert_load"].float()
     figures = {"bias_range": bias_range(net)}
     if len(load_ME):
-        over_mean_ME = load_ME / load_ME.mean(dim=1, keepdim=True)
+        over_mean_ME = load_ME / load_ME.mean(dim=1, keepdim=True).clamp(min=1e-9)  # 0: a batch of padding
         figures |= {"max_load_over_mean": over_mean_ME.max(), "min_load_over_mean": over_mean_ME.min()}
         figures["router_entropy"] = statistics["router_entropy"].mean()
     if "sinkhorn_error" in statistics:

@@ -290,7 +290,33 @@ def test_impossible_v4_architectures_are_named(changes: dict, sentence: str) -> 
         V4.replace(**changes)
 
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "sentence"),
+    [
+        ("demo-v3", {"kv_lora_rank": -1}, "kv_lora_rank is -1; it must be at least 1"),
+        ("demo-v3", {"q_lora_rank": 0}, "q_lora_rank is 0; it must be at least 1"),
+        ("demo-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ("demo-v3", {"n_routed_experts": 1, "num_experts_per_tok": 1}, "leaves a group one expert"),
+        ("demo-v3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_type is None"),
+        ("demo-v3", {"rope_parameters": YARN | {"factor": 0}}, "factor of rope_parameters is 0"),
+        ("demo-v3", {"rope_parameters": YARN | {"beta_slow": -1}}, "beta_slow of rope_parameters is -1"),
+        ("demo-v3", {"rope_parameters": ROPE | {"rope_theta": "1e4"}}, "rope_theta of rope_parameters is '1e4'"),
+        ("demo-v3", {"rope_parameters": ROPE | {"rope_theta": 1.0}}, "rope_theta is 1.0; it must be above 1"),
+        ("demo", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be above 0"),
+        ("demo", {"routed_scaling_factor": float("inf")}, "routed_scaling_factor is inf"),
+        ("demo", {"hc_eps": -1e-6}, "hc_eps is -1e-06"),
+        ("demo", {"initializer_range": -1.0}, "initializer_range is -1.0"),
+        ("demo", {"num_hidden_layers": "3"}, "num_hidden_layers is '3'; it must be of type int"),
+        ("demo", {"compress_rates": {SPARSE: True, HEAVY: 2}}, "is True; it must be at least 1"),
+    ],
+)
+def test_values_that_no_training_can_use_are_named(preset: str, changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ModelConfig.preset(preset).replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +331,15 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ("demo", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
         ("demo", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("demo", {"n_shared_experts": None}, "n_shared_experts is 0; it must be at least 1"),
+        ("demo", {"norm_topk_prob": False}, "norm_topk_prob is False; DeepSeek-V4 normalises"),
+        ("demo", {"rope_parameters": {"main": YARN, "compress": YARN}}, "attention_factor of 'main' is None"),
+        ("demo", {"rope_parameters": {"main": YARN}}, "attention_factor of 'main' is None"),
+        ("demo", {"rope_parameters": {"main": ROPE}}, r"rope_parameters\['compress'\] is None"),
+        ("demo", {"rope_parameters": {"main": ROPE, "compress": 5}}, "a type that it has in no deepseek_v4"),
+        ("demo", {"rope_parameters": {"main": ROPE, "compress": ROPE | {"partial_rotary_factor": 0.5}}}, "differs"),
+        ("demo", {"hidden_size": "8"}, "hidden_size is '8'; it must be of type int"),
+        ("demo", {"layer_types": 5}, "layer_types is 5; it must be of type list"),
+        ("demo", {"compress_rates": [4, 128]}, "compress_rates is .*; it must be of type dict"),
     ],
 )
 def test_a_config_json_of_another_architecture_is_refused(preset: str, changes: dict, sentence: str) -> None:
