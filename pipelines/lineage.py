@@ -70,9 +70,9 @@ def run_ids(reports: Path) -> dict[str, str]:
 def link(reports: Path) -> dict[str, int]:
     """Deliver what is pending, end dead runs, tag every run with commit, output hashes and dvc.lock's hash."""
     client = tracking.connect()
-    delivered = tracking.sync_pending(client)
+    delivered, waiting = tracking.sync_pending(client)
     linked = sum(_link_one(client, label, run_id) for label, run_id in run_ids(reports).items())
-    return {"linked": linked, "delivered": delivered, "reaped": tracking.reap(client)}
+    return {"linked": linked, "delivered": delivered, "waiting": waiting, "reaped": tracking.reap(client)}
 
 
 def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:

@@ -8,7 +8,6 @@ A tracking server that is down does not stop a training: what it should have hea
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipelines import live, processes, repository
+from pipelines import live, pending, processes, repository
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -204,8 +203,7 @@ class Run:
             except Exception as error:  # noqa: BLE001  whatever is wrong with tracking, the training goes on
                 _warn(error)
                 self._client = None
-        with _pending(self.run_id).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(message) + "\n")
+        pending.add(self.run_id, message)
 
 
 @contextmanager
@@ -327,45 +325,42 @@ def _deliver(client: MlflowClient, run_id: str, message: dict[str, Any]) -> None
             client.set_terminated(run_id, status)
 
 
-def _pending(run_id: str) -> Path:
-    folder = home() / "pending"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{run_id}.jsonl"
-
-
-def sync_pending(client: MlflowClient) -> int:
-    """Deliver what servers have missed; returns how many runs that concerns.
+def sync_pending(client: MlflowClient) -> tuple[int, int]:
+    """Deliver what servers have missed; returns how many runs that concerns, and how many wait as they still go on.
 
     May be repeated after an outage in its midst: a run is made once, and points that are there already stay single. A
     run that had to be made keeps the id by which reports/runs knows it as the tag `provisional_id`.
     """
-    files = sorted((home() / "pending").glob("*.jsonl"))
-    for file in files:
-        messages = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        run_id = _create_late(client, file.stem, messages.pop(0)) if "create" in messages[0] else file.stem
-        for message in messages:
-            if "artifact" not in message or Path(message["artifact"]).exists():
-                _deliver(client, run_id, message)
-        file.unlink()
-    return len(files)
+    delivered = waiting = 0
+    for file in sorted(pending.home().glob("*.jsonl")):
+        messages = pending.read(file)
+        if pending.goes_on(messages):
+            waiting += 1
+        elif not messages:
+            file.unlink()
+        elif run_id := _late_run(client, file.stem, messages[0]):
+            for message in messages:
+                if "create" not in message and ("artifact" not in message or Path(message["artifact"]).exists()):
+                    _deliver(client, run_id, message)
+            file.unlink()
+            delivered += 1
+        else:
+            print(f"tracking   no run is known for {file}; delete it if nobody needs it", file=sys.stderr)
+    return delivered, waiting
 
 
-def _create_late(client: MlflowClient, provisional: str, message: dict[str, Any]) -> str:
-    if found := _by_provisional_id(client, provisional):
-        return found.info.run_id
-    tags = message["tags"] | {"provisional_id": provisional}
-    run = client.create_run(experiment_id(client), run_name=message["create"], tags=tags, start_time=message["start"])
-    return run.info.run_id
-
-
-def _by_provisional_id(client: MlflowClient, provisional: str) -> MlflowRun | None:
-    found = client.search_runs([experiment_id(client)], f"tags.provisional_id = '{provisional}'", max_results=1)
-    return found[0] if found else None
+def _late_run(client: MlflowClient, run_id: str, first: dict[str, Any]) -> str | None:
+    """The run that the messages are for, made where there is none; None when they do not say what it is."""
+    found = find_run(client, run_id)
+    if found is None and "create" in first:
+        tags = first["tags"] | {"provisional_id": run_id}
+        found = client.create_run(experiment_id(client), first["start"], tags, first["create"])
+    return found.info.run_id if found else None
 
 
 def _warn(error: Exception) -> None:
     print(
-        f"tracking   {_where()} does not answer ({_reason(error)}); this run is kept in {home() / 'pending'}, "
+        f"tracking   {_where()} does not answer ({_reason(error)}); this run is kept in {pending.home()}, "
         f"`shovel link` delivers it later",
         file=sys.stderr,
     )
@@ -437,7 +432,8 @@ def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
     from mlflow.exceptions import MlflowException
 
     if run_id and run_id.startswith(PENDING):
-        return _by_provisional_id(client, run_id)
+        found = client.search_runs([experiment_id(client)], f"tags.provisional_id = '{run_id}'", max_results=1)
+        return found[0] if found else None
     try:
         return client.get_run(run_id) if run_id else None
     except MlflowException:

@@ -128,7 +128,8 @@ def link() -> None:
     from pipelines.lineage import link as link_runs
 
     done = link_runs(REPORTS)
-    extra = [f"{done[key]} {what}" for key, what in (("delivered", "delivered late"), ("reaped", "ended")) if done[key]]
+    words = {"delivered": "delivered late", "waiting": "delivered when they have ended", "reaped": "ended"}
+    extra = [f"{done[key]} {what}" for key, what in words.items() if done[key]]
     typer.echo(f"link       {done['linked']} runs{', ' + ', '.join(extra) if extra else ''}", err=True)
 
 

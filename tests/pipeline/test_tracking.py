@@ -77,6 +77,54 @@ def test_a_run_whose_process_died_is_killed_and_a_living_one_is_left(reproduced,
     ended(living)
 
 
+def test_what_is_pending_is_delivered_when_its_run_has_ended(reproduced, tmp_path: Path, monkeypatch) -> None:
+    folder, pending = tmp_path / "down", tmp_path / "down/.mlflow/pending"
+    monkeypatch.chdir(tmp_path)
+    running = stage(reproduced, folder, "pretrain", str(tmp_path / "go"), MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    while not (folder / "logged").exists():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    (pending / "0.jsonl").touch()
+    (pending / "pending-of-nobody.jsonl").write_text('{"create": "pret\n{"status": "KILLED"}\n')
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/late.db")
+    client = tracking.connect()
+    assert tracking.sync_pending(client) == (0, 1)
+    (tmp_path / "go").touch()
+    run_id = ended(running)[0]
+    with (pending / f"{run_id}.jsonl").open("a") as file:
+        file.write('{"tags": {"half": "wri')
+    assert tracking.sync_pending(client) == (1, 0)
+    late = tracking.find_run(client, run_id)
+    assert [point.value for point in client.get_metric_history(late.info.run_id, "loss")] == [2.0, 1.0]
+    assert late.info.status == "FINISHED"
+    assert [file.stem for file in pending.iterdir()] == ["pending-of-nobody"]
+
+
+def test_messages_that_come_after_a_delivery_find_their_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    run = tracking.Run("pending-twice", "", None)
+    run._send({"create": "pretrain", "tags": {}, "start": 1})
+    run.end("FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/late.db")
+    client = tracking.connect()
+    assert tracking.sync_pending(client) == (1, 0)
+    run.tag(late="yes")
+    run.end("FINISHED")
+    assert tracking.sync_pending(client) == (1, 0)
+    assert tracking.find_run(client, "pending-twice").data.tags["late"] == "yes"
+
+
+def test_a_disk_that_takes_no_message_stops_no_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".mlflow").write_text("a file where the folder should be")
+    run = tracking.Run("pending-lost", "", None)
+    run.tag(one="1")
+    run.end("FINISHED")
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
 @pytest.fixture
 def port() -> int:
     with socket.socket() as probe:
