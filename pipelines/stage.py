@@ -11,7 +11,9 @@ mistake that the message tells how to mend, 130 interrupted, 1 a defect of ours 
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -20,14 +22,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines import live, repository, tracking
+from pipelines import live, processes, repository, tracking
 from pipelines.params import Params, UserError, load_params
 
 REPORTS = Path("reports")
@@ -171,21 +173,43 @@ def restore_outputs() -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a fresh path beside `target`; when the block succeeds it takes `target`'s place, else it is removed.
 
-    The block creates a file or a folder there. A reader sees the old content or the new, never a half.
+    The block creates a file or a folder there. A reader sees the old content or the new, never a half; only where two
+    folders cannot change places (elsewhere than on Linux, or by the file system) there is a moment without either.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (target.with_name(f".{target.name}.{word}-{threading.get_native_id()}") for word in ("new", "old"))
+    _sweep(target)
+    ours = f"{threading.get_native_id()}-{processes.identity().replace(':', '+')}"
+    fresh, old = (target.with_name(f".{target.name}.{word}-{ours}") for word in ("new", "old"))
     remove(fresh)
     try:
         yield fresh
-        if target.is_dir():
+        if not target.is_dir():
+            fresh.replace(target)
+        elif not _exchange(fresh, target):
             target.rename(old)
-        fresh.replace(target)
+            fresh.replace(target)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
         remove(fresh)
         remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes that died in `replacing` left beside `target`, but not the only content that there is."""
+    for word in ("new", "old") if target.exists() else ("new",):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{word}-*-*+*+*"):
+            process = path.name.removeprefix(f".{target.name}.{word}-").partition("-")[2].replace("+", ":")
+            if not processes.is_alive(process):
+                with suppress(OSError):
+                    remove(path)
 
 
 def remove(path: Path) -> None:

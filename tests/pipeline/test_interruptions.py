@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from model.checkpoint import CheckpointStore, CheckpointWriter
 from model.train import take_step
-from pipelines import stage, tracking
+from pipelines import processes, stage, tracking
 from pipelines.params import UserError, load_params
 from pipelines.pretrain import BASE, TOKENS, pretrain
 
@@ -88,6 +88,40 @@ def test_the_run_of_a_killed_training_is_continued(longer) -> None:
 def client_of(project) -> MlflowClient:
     uri = f"sqlite:///{project.folder}/.mlflow/mlflow.db"
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+DYING = """
+import os
+from pathlib import Path
+from pipelines import stage
+
+rename, target = Path.rename, Path("clean")
+Path.rename = lambda path, other: (rename(path, other), os._exit(9))
+with stage.replacing(target) as fresh:
+    fresh.mkdir()
+    (fresh / "text").write_text("new")
+    stage.remove = lambda path: os._exit(9)
+"""
+
+
+def test_a_process_that_dies_while_it_replaces_a_folder_loses_none(tmp_path: Path, reproduced, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "clean"
+    target.mkdir()
+    (target / "text").write_text("old")
+    died = subprocess.run([sys.executable, "-c", DYING], env=reproduced.environment(), check=False)
+    assert died.returncode == 9 and (target / "text").read_text() in ("old", "new")
+    assert len(list(tmp_path.iterdir())) == 2, "the dead process left something"
+    living = tmp_path / f".clean.new-1-{processes.identity().replace(':', '+')}"
+    living.mkdir()
+    with stage.replacing(target) as fresh:
+        fresh.mkdir()
+    assert set(tmp_path.iterdir()) == {target, living} and not list(target.iterdir())
+    monkeypatch.setattr(stage, "_exchange", lambda *_: False)  # as elsewhere than on Linux
+    with stage.replacing(target) as fresh:
+        fresh.mkdir()
+        (fresh / "text").write_text("newer")
+    assert set(tmp_path.iterdir()) == {target, living} and (target / "text").read_text() == "newer"
 
 
 def test_an_interrupt_that_a_callback_forgot_comes_again(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
