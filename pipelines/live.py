@@ -203,7 +203,8 @@ def read(file: Path) -> Snapshot | None:
         with suppress(ValueError):  # the last line may be half written
             _take(found, json.loads(line))
     if found.running and not processes.is_alive(found.process):
-        found.status, found.message = KILLED, "its process is gone"
+        began = found.status != STARTING
+        found.status, found.message = (KILLED, "its process is gone") if began else (FAILED, "it did not start")
     return found if found.process else None
 
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipelines import live, processes, repository
 from pipelines.params import UserError
 from pipelines.workbench import graph, overrides
@@ -139,10 +141,10 @@ def _write_card(folder: Path, **content: Any) -> None:
 def launch(run_id: str) -> None:
     """Start the process of a prepared run; it outlives this one. Its words go to output.log in the folder."""
     folder = live.home() / run_id
-    starting = live.Progress(folder / "run.jsonl")  # until the process itself speaks there
-    starting.tell(stage="run", process=processes.identity(), status=live.STARTING)
     paths = [str(CODE), str(CODE / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with (folder / "output.log").open("wb") as log:
+    told = folder / "run.jsonl"
+    told.unlink(missing_ok=True)
+    with (folder / "output.log").open("wb") as log, told.open("w", encoding="utf-8") as first:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.workbench.trials", str(folder)],
             cwd=repository.root(),
@@ -152,6 +154,9 @@ def launch(run_id: str) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        # the process replaces the file when it speaks itself: then this line, of the old one, is seen by nobody
+        who = processes.identity(psutil.Process(process.pid))
+        first.write(json.dumps({"stage": "run", "process": who, "status": live.STARTING, "at": time.time()}) + "\n")
     threading.Thread(target=process.wait, daemon=True).start()  # no zombie stays when it ends before this process
 
 

@@ -13,7 +13,7 @@ import pytest
 from pipelines import live, processes
 from pipelines import project as surface
 from pipelines.params import UserError
-from pipelines.workbench import display, kernel, overrides
+from pipelines.workbench import display, kernel, overrides, running, runs, trials
 
 ROOT = Path(__file__).parents[2]
 KERNEL = """
@@ -109,6 +109,18 @@ def test_mistakes_are_one_sentence(here) -> None:
     with pytest.raises(UserError, match=r"data/tokens, which pretrain reads, is missing; the stage encode makes it: p"):
         surface.run("pretrain", steps=3)
     (here.folder / "tokens").rename(here.folder / "data/tokens")
+
+
+def test_a_process_that_dies_before_it_speaks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/__init__.py").write_text("raise ImportError('half an installation')")
+    (tmp_path / ".runs/broken").mkdir(parents=True)
+    trials._write_card(tmp_path / ".runs/broken", commands=[], cwd=str(tmp_path), stages=["pretrain"], overrides={})
+    trials.launch("broken")
+    with pytest.raises(UserError, match="broken failed: it did not start: ImportError: half an installation"):
+        running.follow(runs.Run("broken"))
+    assert runs.Run("broken").stop().status == "failed"
 
 
 def test_the_kernel_says_once_that_its_code_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
