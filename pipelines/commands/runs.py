@@ -18,8 +18,14 @@ RunId = Annotated[str, typer.Argument(help="a run of `shovel runs`", autocomplet
 
 def try_out(stages: list[str], settings: list[str], keep_it: bool) -> None:
     """A run with overrides, in a folder of its own, followed to its end; kept where that is wanted."""
+    from pipelines.params import UserError
     from pipelines.workbench import keeping, running
 
+    if len(stages) > 1:
+        raise UserError(
+            f"--set takes one stage; name only the last, {stages[-1]}: what comes before it runs as far as it has to, "
+            "and `--set STAGE.KEY=VALUE` reaches it."
+        )
     typer.echo("status     looking at the stages ...", err=True)
     run = running.run_words(stages[0] if stages else "review", settings)
     if not run.succeeded:

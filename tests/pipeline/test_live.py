@@ -12,6 +12,7 @@ import pytest
 
 from pipelines import live, processes
 from pipelines import project as surface
+from pipelines.commands.runs import try_out
 from pipelines.params import UserError
 from pipelines.workbench import display, kernel, overrides, running, runs, trials
 
@@ -98,6 +99,7 @@ def test_mistakes_are_one_sentence(here) -> None:
         "baselines has no section": lambda: surface.run("baselines", max_bytes=2000),
         "'nobody' is no run, no revision": lambda: surface.compare("nobody", "workspace"),
         "nothing runs here now": lambda: surface.watch(),
+        "--set takes one stage; name only the last, b": lambda: try_out(["a", "b"], ["steps=1"], False),
         "the workspace is kept already": lambda: surface.keep("workspace"),
     }
     for sentence, mistake in cases.items():
