@@ -44,13 +44,21 @@ def use(
 
     Example: shovel use laptop
     """
+    from pipelines import repository, stage
     from pipelines.params import UserError, load_params
 
     known = complete.presets("")
     if preset not in known:
         raise UserError(f"no preset is called {preset!r}; choose one of {', '.join(known)}.")
     load_params(PRESETS / f"{preset}.yaml")
-    shutil.copyfile(PRESETS / f"{preset}.yaml", PARAMS)
+    presets = [(PRESETS / f"{name}.yaml").read_bytes() for name in known]
+    edited = repository.git("diff", "--name-only", "HEAD", "--", PARAMS.as_posix())
+    if edited and PARAMS.exists() and PARAMS.read_bytes() not in presets:
+        raise UserError(
+            f"{PARAMS} has edits that would be lost; commit them or `git checkout {PARAMS}`, then run again."
+        )
+    with stage.replacing(PARAMS) as fresh:
+        shutil.copyfile(PRESETS / f"{preset}.yaml", fresh)
     typer.echo(f"{PARAMS} is now the preset {preset}; see `git diff {PARAMS}`, then `shovel run`")
 
 

@@ -1,13 +1,29 @@
 """Every mistake in params.yaml: the key, what is wrong and what to do, in one sentence; exit code 2, no traceback."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.commands import PRESETS, work
 from pipelines.params import Params, Section, UserError, load_params
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_preset_takes_the_place_of_what_is_committed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("mine: 1\n")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "mine"]):
+        subprocess.run(["git", *words], check=True)
+    for name in ("laptop", "demo"):  # a preset itself is not lost
+        work.use(name)
+        assert Path("params.yaml").read_bytes() == (PRESETS / f"{name}.yaml").read_bytes()
+    Path("params.yaml").write_text("mine: 2\n")
+    with pytest.raises(UserError, match=r"commit them or `git checkout params.yaml`"):
+        work.use("laptop")
+    assert Path("params.yaml").read_text() == "mine: 2\n"
 
 
 @pytest.mark.parametrize(
