@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+REPLACED = "replaced"  # tag of a version: which one was live before it
 
 
 def register(params: Register, release: Path, reports: Path) -> ModelVersion:
@@ -88,6 +90,8 @@ def rollback(params: Register, reports: Path, comment: str = "") -> dict[str, An
     """Make the previous champion the champion again; the two change places. Returns the release record."""
     client = tracking.connect()
     previous, live = (tracking.version_behind(client, params.name, alias) for alias in (PREVIOUS, CHAMPION))
+    if previous and live and previous.version == live.version and REPLACED in live.tags:
+        previous = find(client, params.name, int(live.tags[REPLACED]))  # a server died between the moves of two aliases
     if previous is None or (live and previous.version == live.version):
         raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
     return _move(client, params.name, reports, previous, live, "rollback", [], comment)
@@ -211,13 +215,11 @@ def _move(
     """Move the aliases and leave the release record, which is returned; an existing one is never overwritten."""
     now = datetime.now(UTC)
     stem = f"{name}-v{chosen.version}-{now:%Y-%m-%d}"
-    taken = len(list((reports / "releases").glob(f"{stem}*.json")))
-    file = reports / "releases" / f"{stem}{f'-{taken + 1}' if taken else ''}.json"
     record = _record(name, chosen, live, action, now)
     record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
-    tags = decisions.tags(record, reports)
+    tags = decisions.tags(record, reports) | ({REPLACED: live.version} if live else {})
     # a full disk or a dead server: neither alias nor record without the other
-    with locks.exclusively(client, name), stage.replacing(file) as fresh:
+    with locks.exclusively(client, name), stage.replacing(_free(reports / "releases", stem)) as fresh:
         _require_unmoved(client, name, live)
         stage.write_json(fresh, record)
         if live:
@@ -227,6 +229,12 @@ def _move(
         if number(client, name, CHALLENGER) == int(chosen.version):
             client.delete_registered_model_alias(name, CHALLENGER)
     return record
+
+
+def _free(folder: Path, stem: str) -> Path:
+    """The first name that no record has."""
+    names = (folder / f"{stem}{f'-{number}' if number > 1 else ''}.json" for number in count(1))
+    return next(file for file in names if not file.exists())
 
 
 def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: str, now: datetime) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import tracking
+from pipelines import register, tracking
 
 STAGE = """
 import sys, time
@@ -123,6 +124,51 @@ def test_a_disk_that_takes_no_message_stops_no_training(tmp_path: Path, monkeypa
     run.tag(one="1")
     run.end("FINISHED")
     assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch) -> MlflowClient:
+    """An empty one, taken for a server's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/registry.db")
+    client = tracking.connect()
+    monkeypatch.setattr(tracking, "is_local", lambda: False)
+    return client
+
+
+def test_a_server_that_dies_between_two_aliases_loses_no_champion(registry, tmp_path: Path, monkeypatch) -> None:
+    name, reports = "m", tmp_path / "reports"
+    registry.create_registered_model(name)
+    versions = [registry.create_model_version(name, "dvc://x", tags={"digest": "ab" * 32}) for _ in range(3)]
+
+    def move(chosen, live) -> None:
+        register._move(registry, name, reports, chosen, live, "promote", [], "")
+
+    move(versions[0], None)
+    move(versions[1], versions[0])
+    set_alias = registry.set_registered_model_alias
+
+    def die(name: str, alias: str, number: str) -> None:
+        set_alias(name, alias, number) if alias == "previous" else 1 / 0
+
+    with monkeypatch.context() as dying:
+        dying.setattr(registry, "set_registered_model_alias", die)
+        with pytest.raises(ZeroDivisionError):
+            move(versions[2], versions[1])
+    assert aliases(registry) == {"champion": 2, "previous": 2}
+    assert register.rollback(SimpleNamespace(name=name), reports)["version"] == 1
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+
+
+def aliases(client: MlflowClient) -> dict[str, int]:
+    return {alias: int(number) for alias, number in client.get_registered_model("m").aliases.items()}
+
+
+def test_a_release_record_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "m-2.json").touch()
+    assert register._free(tmp_path, "m") == tmp_path / "m.json"
+    (tmp_path / "m.json").touch()
+    assert register._free(tmp_path, "m") == tmp_path / "m-3.json"
 
 
 @pytest.fixture
