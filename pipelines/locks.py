@@ -1,11 +1,13 @@
 """One change of the registry at a time, on all machines: MLflow has neither transactions nor conditional writes.
 
 A local database is guarded by a lock file beside it. On a server the lock is a registered model called NAME.lock, which
-the server lets only one client make; it names its holder. That of a process that died is taken over.
+the server lets only one client make; it names its holder. That of a process that died is taken over: on its machine at
+once, elsewhere after `EXPIRES_S`, by somebody whom the server lets delete it.
 """
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from pipelines.params import UserError
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient
 
-WAIT_S, EXPIRES_S, POLL_S = 300, 600, 0.5  # it is held for seconds; EXPIRES_S: one of another machine
+WAIT_S, EXPIRES_S, POLL_S = 300, 600, 0.5  # what takes long, pushing weights, is done before it is taken
 
 
 @contextmanager
@@ -42,28 +44,29 @@ def exclusively(client: MlflowClient, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        tracking.delete_model(client, lock)
+        tracking.delete_model(client, lock, processes.tags())
 
 
 def _take(client: MlflowClient, lock: str) -> None:
     deadline, told = time.monotonic() + WAIT_S, False
-    description = f"{repository.person()} is changing the registry; gone in seconds."
+    description = f"{repository.person()} is changing the registry."
     while not tracking.create_model(client, lock, description, processes.tags()):
         holder = tracking.find_model(client, lock)
         if holder is None:
             continue
-        if _is_left_behind(holder.tags, holder.creation_timestamp / 1000):
-            tracking.delete_model(client, lock)
-        elif time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             raise UserError(
                 f"{holder.description} It has lasted {WAIT_S} s: ask there, or delete the registered model {lock} in "
                 "the MLflow UI if nobody is at it."
             )
-        elif not told:
+        if not told:
             told = True
             stage.say(f"registry   waiting: {holder.description}")
+        if _is_left_behind(holder.tags.get("process", ""), holder.creation_timestamp / 1000):
+            tracking.delete_model(client, lock, holder.tags)
         time.sleep(POLL_S)
 
 
-def _is_left_behind(tags: dict[str, str], since: float) -> bool:
-    return not processes.is_alive(tags.get("process", "")) or time.time() - since > EXPIRES_S
+def _is_left_behind(process: str, since: float) -> bool:
+    here = process.startswith(f"{platform.node()}:")
+    return not processes.is_alive(process) or (not here and time.time() - since > EXPIRES_S)

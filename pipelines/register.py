@@ -40,10 +40,11 @@ def register(params: Register, release: Path, reports: Path) -> ModelVersion:
     files = digests.of_files(release)
     digest = digests.combined(files)
     tracking.create_model(client, params.name, summary.MODEL)
+    if not _is_complete(client, _of_bytes(client, params.name, digest), reports):
+        _publish(release)  # may take long: before the lock
     with locks.exclusively(client, params.name):
-        known = [v for v in versions(client, params.name) if v.tags.get("digest") == digest]
-        version = known[0] if known else None
-        if version is None or _lacks_signature(client, version, reports):
+        version = _of_bytes(client, params.name, digest)
+        if not _is_complete(client, version, reports):
             version = _write(client, params, release, reports, files, version)
         if int(version.version) != number(client, params.name, CHAMPION):
             client.set_registered_model_alias(params.name, CHALLENGER, version.version)
@@ -148,10 +149,26 @@ def bits_of(version: ModelVersion | None) -> float | None:
     return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
 
 
-def _lacks_signature(client: MlflowClient, version: ModelVersion, reports: Path) -> bool:
-    """Whether it is worth signing a known version (again): never done, not to be found, or done before the commit."""
+def _of_bytes(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    return next((known for known in versions(client, name) if known.tags.get("digest") == digest), None)
+
+
+def _is_complete(client: MlflowClient, version: ModelVersion | None, reports: Path) -> bool:
+    """Whether it is there and not worth signing (again): never done, not to be found, or done before the commit."""
+    if version is None:
+        return False
     committed_since = version.tags.get("git.dirty") == "true" and not repository.uncommitted_sources()
-    return committed_since or not evidence.exists(client, version, reports)
+    return not committed_since and evidence.exists(client, version, reports)
+
+
+def _publish(release: Path) -> None:
+    """Bring the bytes to where others get them; raises `UserError` when they are not what the reports are about."""
+    if stale := repository.stale_stages():
+        raise UserError(
+            f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
+        )
+    if not tracking.is_local():
+        repository.push(release)
 
 
 def _write(
@@ -164,12 +181,6 @@ def _write(
 ) -> ModelVersion:
     """Sign the folder and make a version of it, or bring what `version` says of itself up to date."""
     chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
-    if stale := repository.stale_stages():
-        raise UserError(
-            f"reports and model are not in step, `dvc status` names {', '.join(stale)}; `shovel run` first."
-        )
-    if not tracking.is_local():
-        repository.push(release)
     facts = lineage.facts(reports)
     facts["seconds"] = tracking.seconds(client, facts["runs"])
     digest = digests.combined(files)

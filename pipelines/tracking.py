@@ -401,12 +401,13 @@ def find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
     return _unless(partial(client.get_registered_model, name), "RESOURCE_DOES_NOT_EXIST")
 
 
-def delete_model(client: MlflowClient, name: str) -> None:
-    """Delete a registered model; one that is gone, is not ours, or lies on a server that does not answer, stays so."""
+def delete_model(client: MlflowClient, name: str, tags: dict[str, str]) -> None:
+    """Delete a registered model if it still has these tags and the server answers and allows it."""
     from mlflow.exceptions import MlflowException
 
     with suppress(MlflowException):
-        client.delete_registered_model(name)
+        if client.get_registered_model(name).tags == tags:
+            client.delete_registered_model(name)
 
 
 def version_behind(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -15,8 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
-from pipelines import register, tracking
+from pipelines import locks, processes, register, repository, tracking
+from pipelines.params import UserError
 
 STAGE = """
 import sys, time
@@ -133,7 +136,56 @@ def registry(tmp_path: Path, monkeypatch) -> MlflowClient:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/registry.db")
     client = tracking.connect()
     monkeypatch.setattr(tracking, "is_local", lambda: False)
+    monkeypatch.setattr(locks, "WAIT_S", 0.5)
+    monkeypatch.setattr(locks, "POLL_S", 0.05)
     return client
+
+
+def test_a_lock_that_was_left_behind_is_taken_over_or_named(registry, monkeypatch, capsys) -> None:
+    left = {"process": f"{platform.node()}:1:1.00"}
+    tracking.create_model(registry, "m.lock", "Ada is changing the registry.", left)
+    with locks.exclusively(registry, "m"):
+        assert registry.get_registered_model("m.lock").tags == processes.tags()
+        tracking.delete_model(registry, "m.lock", left)  # somebody slower, who judged the old one
+        assert tracking.find_model(registry, "m.lock")
+    assert tracking.find_model(registry, "m.lock") is None
+    with locks.exclusively(registry, "m"):
+        registry.delete_registered_model("m.lock")
+        tracking.create_model(registry, "m.lock", "Ada is changing the registry.", left)
+    assert registry.get_registered_model("m.lock").tags == left, "that of another holder stays"
+
+    def refuse(name: str) -> None:
+        raise MlflowException("not yours", error_code=7)
+
+    monkeypatch.setattr(registry, "delete_registered_model", refuse)
+    with pytest.raises(UserError, match=r"It has lasted 0.5 s: .* registered model m.lock"):
+        locks._take(registry, "m.lock")
+    assert "waiting: Ada is changing the registry." in capsys.readouterr().err
+
+
+def test_a_holder_that_lives_here_keeps_its_lock() -> None:
+    assert not locks._is_left_behind(processes.identity(), since=0)
+    assert locks._is_left_behind("elsewhere:1:1.00", since=0)
+    assert not locks._is_left_behind("elsewhere:1:1.00", since=time.time())
+
+
+def test_weights_are_pushed_before_the_lock_is_taken(registry, tmp_path: Path, monkeypatch) -> None:
+    release, locked = tmp_path / "release", []
+    release.mkdir()
+    (release / "config.json").touch()
+
+    def note(*_) -> None:
+        locked.append(tracking.find_model(registry, "m.lock") is not None)
+
+    def write(*_):
+        note()
+        return registry.create_model_version("m", "dvc://release")
+
+    monkeypatch.setattr(repository, "stale_stages", list)
+    monkeypatch.setattr(repository, "push", note)
+    monkeypatch.setattr(register, "_write", write)
+    register.register(SimpleNamespace(name="m"), release, tmp_path)
+    assert locked == [False, True]
 
 
 def test_a_server_that_dies_between_two_aliases_loses_no_champion(registry, tmp_path: Path, monkeypatch) -> None:
