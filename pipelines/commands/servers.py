@@ -58,7 +58,7 @@ def serve(
     where, port = _where(model, port)
     (command, environment, name), checked = _command(where, host, port, engine, tokens)
     endpoint.claim(where, engine, host, port, checked)
-    typer.echo(_invitation(name, f"http://{host}:{port}", tokens))
+    typer.echo(_invitation(name, endpoint.url(host, port), tokens))
     os.execvpe(command[0], command, environment)
 
 

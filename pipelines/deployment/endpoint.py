@@ -60,6 +60,11 @@ def require_port(host: str, port: int) -> None:
             raise UserError(f"port {port} cannot be used on {host} ({why}); name another with --port.") from None
 
 
+def url(host: str, port: int | str) -> str:
+    """The URL of a host and port; an IPv6 address stands in brackets there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def claim(
     where: Target, engine: str, host: str, port: int, model: Model | None, pid: int | None = None
 ) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def claim(
     model: what it serves, where it does not follow an alias. Returns the state.
     """
     process = psutil.Process(pid)
-    state = {"address": f"http://{host}:{port}", "engine": engine, "log": str(LOG), "model": str(where)}
+    state = {"address": url(host, port), "engine": engine, "log": str(LOG), "model": str(where)}
     state |= {"version": model and model.version.version, "pid": process.pid, "process": processes.identity(process)}
     stage.write_json(STATE, state)
     return state

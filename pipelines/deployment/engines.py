@@ -72,7 +72,7 @@ def write_vllm(where: Target, model: Model, host: str, port: int) -> tuple[Path,
     service = {
         "image": f"{IMAGE}:v{versions['vllm_ascend']}",
         "command": vllm_command(where, model, port),
-        "ports": [f"{host}:{port}:{port}"],
+        "ports": [f"{f'[{host}]' if ':' in host else host}:{port}:{port}"],
         "devices": [f"/dev/{name}" for name in (*DEVICES, "davinci0")],
         "volumes": [f"{model.folder.resolve()}:/model:ro", *(f"{path}:{path}:ro" for path in DRIVER)],
         "environment": {"HF_HUB_OFFLINE": "1"},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import stage, tracking
-from pipelines.deployment import deploy
+from pipelines.deployment import deploy, endpoint
 from pipelines.params import Params, UserError, load_params
 from pipelines.serving.engine import Engine
 from pipelines.serving.manager import Manager
@@ -132,7 +132,7 @@ def main(text: str, host: str, port: str, tokens: str = "") -> None:
     where = deploy.target(text, params.register_.name)
     callers = callers_of(host, Path(tokens) if tokens else None)
     manager = Manager(params.serve)
-    follower = Follower(manager, where, params, f"http://{host}:{port}")
+    follower = Follower(manager, where, params, endpoint.url(host, port))
     follower.start()
     try:
         run(manager, params.serve, host, int(port), callers, more=follower.health)

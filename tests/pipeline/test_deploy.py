@@ -20,7 +20,7 @@ from shared_server import free_port
 from test_tracking import server as mlflow_server
 
 from pipelines import digests, tracking
-from pipelines.deployment import deploy
+from pipelines.deployment import deploy, endpoint
 from pipelines.params import UserError, load_params
 
 NAME, RELEASE = "shovel-demo", "data/models/release"
@@ -51,6 +51,13 @@ def versions(project, registry: str) -> list[str]:
     project.commit("second")
     project.run("shovel", "register")
     return ["1", "2"]
+
+
+def test_an_ipv6_address_is_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = endpoint.claim(deploy.Target(NAME, "champion"), "builtin", "::1", 8000, None)
+    assert state["address"] == "http://[::1]:8000" == requests.Request("GET", state["address"]).prepare().url[:-1]
+    assert endpoint.url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
 
 
 def rewrite(project, name: str, change) -> None:
