@@ -10,6 +10,7 @@ lineage is not as registered, and behind `champion` also when it was not promote
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import digests, gates, repository, stage, tracking
 from pipelines.params import Params, UserError
-from pipelines.register import CHAMPION, RELEASE, REPORTS, bits_of
+from pipelines.register import CHAMPION, PREVIOUS, RELEASE, REPORTS, bits_of
 from pipelines.trust import evidence, verify
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def prepare(client: MlflowClient, where: Target, params: Params) -> Model:
         if failed := [f"{check.name} ({check.what})" for check in checks if not check.passed]:
             reasons = "; ".join([*failed, *_failed_gates(client, version, params)])
             raise UserError(f"version {version.version} of {where.name} is not served: {reasons}.")
-        return Model(version, _copy(source, version.tags["digest"]))
+        model = Model(version, _copy(source, version.tags["digest"]))
+    _sweep(client, where.name, model.folder)
+    return model
 
 
 def _home() -> Path:
@@ -112,6 +115,17 @@ def _copy(source: Path, digest: str) -> Path:
     if digests.of_folder(kept) != digest:
         raise UserError(f"{kept} did not become what was registered; check the disk, then deploy again.")
     return kept
+
+
+def _sweep(client: MlflowClient, name: str, fresh: Path) -> None:
+    """Remove the copies that nobody serves and that are neither the champion nor the one before it."""
+    behind = (tracking.version_behind(client, name, alias) for alias in (CHAMPION, PREVIOUS))
+    kept = {version.tags.get("digest", "")[:16] for version in behind if version} | {fresh.name}
+    states = (SERVING / "server.json", SERVING / "vllm" / "compose.yaml")  # what runs, or was written to run, names it
+    used = "".join(file.read_text(encoding="utf-8") for file in states if file.exists())
+    for folder in SERVING.iterdir():
+        if re.fullmatch("[0-9a-f]{16}", folder.name) and folder.name not in kept and folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def tag(client: MlflowClient, version: ModelVersion, key: str, **content: str) -> None:

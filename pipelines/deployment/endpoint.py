@@ -74,7 +74,8 @@ def claim(
     """
     process = psutil.Process(pid)
     state = {"address": url(host, port), "engine": engine, "log": str(LOG), "model": str(where)}
-    state |= {"version": model and model.version.version, "pid": process.pid, "process": processes.identity(process)}
+    state |= {"version": model and model.version.version, "folder": model and str(model.folder)}
+    state |= {"pid": process.pid, "process": processes.identity(process)}
     stage.write_json(STATE, state)
     return state
 
@@ -108,7 +109,11 @@ def serving(folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(STOP_S)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         output.unlink()
 
 

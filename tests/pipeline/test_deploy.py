@@ -5,10 +5,12 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import psutil
@@ -58,6 +60,41 @@ def test_an_ipv6_address_is_in_brackets(tmp_path: Path, monkeypatch: pytest.Monk
     state = endpoint.claim(deploy.Target(NAME, "champion"), "builtin", "::1", 8000, None)
     assert state["address"] == "http://[::1]:8000" == requests.Request("GET", state["address"]).prepare().url[:-1]
     assert endpoint.url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+
+
+def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
+    started, start = [], endpoint.start
+
+    def start_deaf(command, environment, output):
+        started.append(start([sys.executable, "-c", deaf], environment, output))
+        while not output.read_text():
+            time.sleep(0.01)
+        return started[0]
+
+    monkeypatch.setattr(endpoint, "start", start_deaf)
+    monkeypatch.setattr(endpoint, "await_ready", lambda *_, **__: None)
+    monkeypatch.setattr(endpoint, "STOP_S", 0.1)
+    with endpoint.serving(tmp_path):
+        pass
+    assert started[0].returncode == -signal.SIGKILL and not list((tmp_path / ".serve").iterdir())
+
+
+def test_copies_that_nobody_serves_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    champion, previous, running, written, fresh, left = (digit * 16 for digit in "abcdef")
+    for name in (champion, previous, running, written, fresh, left, "vllm"):
+        (tmp_path / ".serve" / name).mkdir(parents=True)
+    (tmp_path / ".serve/server.json").write_text(json.dumps({"folder": f".serve/{running}"}))
+    (tmp_path / ".serve/vllm/compose.yaml").write_text(f"volumes: [/{written}:/model:ro]")
+    tags = {"champion": champion, "previous": previous}
+    monkeypatch.setattr(
+        tracking, "version_behind", lambda client, name, alias: SimpleNamespace(tags={"digest": tags[alias] * 4})
+    )
+    deploy._sweep(None, NAME, tmp_path / ".serve" / fresh)
+    kept = {path.name for path in (tmp_path / ".serve").iterdir()}
+    assert kept == {champion, previous, running, written, fresh, "vllm", "server.json"}
 
 
 def rewrite(project, name: str, change) -> None:
