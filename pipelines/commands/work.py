@@ -136,7 +136,7 @@ def link() -> None:
     from pipelines.lineage import link as link_runs
 
     done = link_runs(REPORTS)
-    words = {"delivered": "delivered late", "waiting": "delivered when they have ended", "reaped": "ended"}
+    words = {"delivered": "delivered late", "waiting": "still running and delivered later", "reaped": "ended"}
     extra = [f"{done[key]} {what}" for key, what in words.items() if done[key]]
     typer.echo(f"link       {done['linked']} runs{', ' + ', '.join(extra) if extra else ''}", err=True)
 

@@ -108,9 +108,8 @@ class Run:
     def message(self) -> str:
         """Why it failed, or whom it waits for."""
         runner, last = self._runner, self.progress
-        said = self.log.strip().splitlines()
-        if runner and runner.status == live.FAILED and not last and said:
-            return f"{runner.message}: {said[-1]}"
+        if runner and runner.status == live.FAILED and not last and self.log.strip():
+            return f"{runner.message}: {self.log.strip().splitlines()[-1]}"
         return (runner.message if runner and not runner.running else last.message if last else "") or ""
 
     @property
