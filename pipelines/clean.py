@@ -47,6 +47,7 @@ LONG = 2000  # characters from which on whole-array operations are the faster on
 ROWS = 1024  # that Parquet takes at a time; a larger array in one piece would be moved again and again as it grows
 FACTOR = np.int64(0x1E3779B97F4A7C15)  # odd, to mix numbers with
 CONTROL = bytes([*range(9), 11, 12, *range(14, 32), 127])  # in UTF-8 such a byte is always a character of its own
+FIELDS = ("text", "messages", "language")  # of a record; others are not looked at
 MARKUP = {".rst": "rst", ".po": "po", ".jsonl": "jsonl", ".parquet": "parquet"}
 CODE_SUFFIXES = {".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".sh", ".css", ".sql"}
 
@@ -143,9 +144,11 @@ def read(packed: Path, kind: str, use: str, path: str) -> list[Item]:
     markup = _markup(kind, use, Path(path).suffix)
     if markup == "parquet":
         try:
-            return _from_records(pq.read_table(pa.BufferReader(content)).to_pylist(), use)
-        except pa.ArrowInvalid:
+            table = pq.read_table(pa.BufferReader(content))
+            records = table.select([name for name in table.column_names if name in FIELDS]).to_pylist()
+        except Exception:  # noqa: BLE001  its parser raises errors of many kinds for a damaged file
             return [Item(dropped="binary")]
+        return _from_records(records, use)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -157,7 +160,11 @@ def read(packed: Path, kind: str, use: str, path: str) -> list[Item]:
     if markup == "dialogues":
         good, malformed = dialogues_in(text)
         return [Item(messages=_normal_dialogue(turns)) for turns in good] + [Item(dropped="malformed")] * malformed
-    return [_document({"rst": rst_to_text, "po": po_to_text}.get(markup, str)(text), "")]
+    try:
+        text = {"rst": rst_to_text, "po": po_to_text}.get(markup, str)(text)
+    except Exception:  # noqa: BLE001  their parsers too
+        return [Item(dropped="malformed")]
+    return [_document(text, "")]
 
 
 @lru_cache(maxsize=1)
@@ -170,9 +177,10 @@ def _from_jsonl(text: str, use: str) -> list[Item]:
     items: list[Item] = []
     for line in filter(str.strip, text.split("\n")):
         try:
-            items += _from_records([json.loads(line)], use)
-        except json.JSONDecodeError:
-            items.append(Item(dropped="malformed"))
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # also a number of thousands of digits, or thousands of brackets
+            record = None
+        items += _from_records([record], use)
     return items
 
 
@@ -181,7 +189,7 @@ def _from_records(records: list[Any], use: str) -> list[Item]:
     items = []
     for record in records:
         record = record if isinstance(record, dict) else {}
-        language = record.get("language") if isinstance(record.get("language"), str) else ""
+        language = normal(record["language"]) if isinstance(record.get("language"), str) else ""
         if use == "chat":
             turns = record.get("messages")
             dialogue = as_dialogue(turns) if isinstance(turns, list) else None
@@ -205,12 +213,20 @@ def _normal_dialogue(dialogue: Dialogue) -> Dialogue:
 
 
 def normal(text: str) -> str:
-    """Unicode NFC, newlines as \\n, no trailing blanks, at most two empty lines in a row, no control characters."""
+    """Unicode NFC, newlines as \\n, no trailing blanks, at most two empty lines in a row, no ASCII control characters.
+
+    What UTF-8 cannot hold (lone surrogates) becomes U+FFFD. U+0080 to U+009F stay: they are the traces of a wrong
+    encoding that `contracts` counts.
+    """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = unicodedata.normalize("NFC", text).replace("\ufeff", "")
-    content = text.encode("utf-8", "surrogatepass").translate(None, CONTROL)
-    text = content.decode("utf-8", "surrogatepass")
+    text = text.replace("\ufeff", "")
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:  # surrogates, which UTF-16 makes characters of where they are pairs
+        content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    content = content.translate(None, CONTROL)
+    text = unicodedata.normalize("NFC", content.decode())  # leaves blanks and newlines where `content` has them
     if len(text) < LONG or not _tidy(content):
         if " \n" in text or "\t\n" in text:
             text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))

@@ -13,7 +13,7 @@ import polib
 from docutils import nodes
 from docutils.core import publish_doctree
 from docutils.parsers.rst import Directive, directives, roles
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
 
 Dialogue = list[dict[str, str]]
 
@@ -50,7 +50,7 @@ def rst_to_text(source: str) -> str:
 
 def po_to_text(source: str) -> str:
     """The translations of a gettext catalogue, one paragraph each; the original where the catalogue is the original."""
-    catalogue = polib.pofile(source, check_for_duplicates=False)
+    catalogue = polib.pofile(f"{source}\n", check_for_duplicates=False)  # one line alone may be the name of a file
     original = catalogue.metadata.get("Language", "").lower() == "en"
     paragraphs: dict[str, None] = {}
     for entry in catalogue:
@@ -68,7 +68,9 @@ def dialogues_in(source: str) -> tuple[list[Dialogue], int]:
     """(dialogues of a `conversations:` YAML file, how many entries were malformed); speakers alternate, user first."""
     try:
         entries = (YAML(typ="safe", pure=True).load(source) or {}).get("conversations") or []
-    except (YAMLError, AttributeError):
+    except Exception:  # noqa: BLE001  the parser raises errors of many kinds for a damaged file
+        return [], 1
+    if not isinstance(entries, list):
         return [], 1
     found = [as_dialogue({"content": turn} for turn in entry) if isinstance(entry, list) else None for entry in entries]
     good = [dialogue for dialogue in found if dialogue]

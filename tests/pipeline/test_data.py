@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -75,14 +75,21 @@ def test_every_reason_to_drop_is_counted(tmp_path: Path) -> None:
         "rows.parquet": parquet({"text": [text(60), text(61)], "language": ["fr", "fr"], "extra": [1, 2]}),
         "line.jsonl": json.dumps({"text": text(51, 40) + "\u2028" + text(52, 40)}, ensure_ascii=False),
         "torn.parquet": parquet({"text": [text(62)]})[:200],
+        "garbled.parquet": parquet({"text": [text(63)]}).replace(b"PAR1", b"\0\0\0\0", 1)[:-9] + b"\xff" * 5 + b"PAR1",
+        "far.parquet": parquet({"text": [text(64)], "when": [np.datetime64(2**62, "us")]}),
+        "odd.jsonl": f'{{"text": "\\ud800 {text(53)}", "language": "\\ud800"}}\n{"9" * 5000}\n{"[" * 100_000}',
+        "odd.po": 'msgid "Yes"\nmsgstr[x] "Ja"\n',
+        "name.po": str(ROOT / "params.yaml"),
+        "deep.rst": "* " * 3000 + "a",
     }
     table, _, profile = cleaned(
         tmp_path, SMALL, a={"use": "pretrain", "files": files}, b={"use": "eval", "files": {"x.txt": text(99)}}
     )
     assert profile["a"]["dropped"] == {
-        "binary": 3, "copy_of_eval": 1, "empty": 1, "exact_duplicate": 1, "malformed": 2, "too_short": 1,
+        "binary": 4, "copy_of_eval": 1, "empty": 1, "exact_duplicate": 1, "malformed": 7, "too_short": 1,
     }  # fmt: skip
-    assert profile["a"]["kept"] == 34 and profile["a"]["raw_documents"] == 43
+    assert profile["a"]["kept"] == 36 and profile["a"]["raw_documents"] == 51
+    assert table[table["language"] == "\ufffd"]["text"].tolist() == [f"\ufffd {text(53)}"]
     assert set(table["split"][table["source"] == "b"]) == {"heldout"}
     assert table[table["language"] == "de"]["text"].tolist() == [text(50)]
     assert table[table["language"] == "fr"]["text"].tolist() == [text(60), text(61)]
@@ -139,10 +146,16 @@ def test_no_repeated_line_is_missed(texts: list[str]) -> None:
         assert part & repeated <= found <= part
 
 
-@given(st.text())
+@given(st.text(st.characters() | st.sampled_from("\ud83d\ude00")))
+@example("e\x01\u0301")
 def test_normal_text_stays_normal(anything: str) -> None:
     once = normal(anything)
     assert normal(once) == once and "\r" not in once and "\0" not in once
+    assert unicodedata.is_normalized("NFC", once) and once == once.encode().decode()
+
+
+def test_surrogates_become_characters_where_they_are_pairs() -> None:
+    assert normal("a \ud83d\ude00 b \ud83d c \ude00") == "a \U0001f600 b \ufffd c \ufffd"
 
 
 def test_restructured_text_reads_well() -> None:
@@ -335,8 +348,8 @@ def test_secrets_and_control_characters_are_those_of_one_expression(anything: st
 @given(st.text(st.sampled_from("a \t\r\n\0\x0b\x85\xa0\ufeffe\u0301\u2028")))
 def test_normal_text_is_what_expressions_make_of_it(anything: str) -> None:
     for given_text in (anything, f"{anything}{'a' * LONG}"):
-        text = unicodedata.normalize("NFC", given_text.replace("\r\n", "\n").replace("\r", "\n"))
-        text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text)
+        text = given_text.replace("\r\n", "\n").replace("\r", "\n")
+        text = unicodedata.normalize("NFC", re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]", "", text))
         text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
         assert normal(given_text) == re.sub(r"\n{4,}", "\n\n\n", text).strip("\n").strip()
 
