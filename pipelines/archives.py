@@ -9,9 +9,9 @@ archives that unpack to more than the limit, damaged archives. Modes and owners 
 
 from __future__ import annotations
 
+import errno
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -103,7 +103,11 @@ def _take_from_file(place: Path, chosen: pathspec.PathSpec, packed: zipfile.ZipF
             return
         with closing(archive):
             _take_from_archive(archive, chosen, packed, max_bytes, place.name)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise errors of many kinds for a damaged archive
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the system's own: a full disk, no permission
         raise UserError(f"the archive {place.name} is damaged or protected ({error}); fetch it again.") from None
 
 
@@ -170,6 +174,12 @@ def _take_from_folder(folder: Path, chosen: pathspec.PathSpec, packed: zipfile.Z
 
 def _copy(source: IO[bytes], packed: zipfile.ZipFile, path: str, room: int, label: str) -> int:
     """Copy at most `room` bytes, whatever the archive claims; returns how many."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        source.close()
+        sentence = f"{label} holds a file whose name is not UTF-8 ({path!a}); rename it or take it out of `files`."
+        raise UserError(sentence) from None
     copied = 0
     with source, packed.open(zipfile.ZipInfo(path, NO_TIME), "w", force_zip64=True) as file:
         while block := source.read(BLOCK):

@@ -185,6 +185,24 @@ def test_a_truncated_archive_is_called_damaged(tmp_path: Path) -> None:
         get(tmp_path, kind="path", path=str(tmp_path / "cut.tar.gz"))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_garbled_archive_is_called_damaged(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w", method) as archive:
+        archive.writestr("a.txt", b"hello " * 99)
+    content = bytearray((tmp_path / "bad.zip").read_bytes())
+    content[39:60] = b"\xff" * 21  # behind the header of LZMA's own
+    (tmp_path / "bad.zip").write_bytes(content)
+    with pytest.raises(UserError, match="bad.zip is damaged"):
+        get(tmp_path, kind="path", path=str(tmp_path / "bad.zip"))
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tar(tmp_path / "latin.tar.gz", ("caf\udce9.txt", b"x"), ("b.txt", b"b"))
+    with pytest.raises(UserError, match=r"latin.tar.gz holds a file whose name is not UTF-8 \('caf.udce9.txt'\)"):
+        get(tmp_path, kind="path", path=str(path))
+    get(tmp_path, kind="path", path=str(path), files=["b.txt"])
+
+
 def test_patterns_choose_and_the_common_folder_goes(tmp_path: Path) -> None:
     twice = [("top/docs/a.txt", b"a first time"), ("top/docs/a.txt", b"a")]
     path = tar(tmp_path / "good.tar.gz", *twice, ("top/docs/skip/b.txt", b"b"), ("top/c.py", b"c"))
