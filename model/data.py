@@ -9,6 +9,7 @@ Shapes: B rows a batch, S tokens a row, N rows an epoch.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,6 +122,7 @@ class PackedDialogues:
         self.dialogues = [(ids[: sequence_length + 1], marks[: sequence_length + 1]) for ids, marks in dialogues]
         self.sequence_length, self.seed = sequence_length, seed
         self._epoch = lru_cache(maxsize=2)(self._pack)
+        self._starts = [0]  # the first row of each epoch, as far as they were needed
 
     def _pack(self, epoch: int) -> list[list[int]]:
         """Fill rows first come, first served in a shuffled order."""
@@ -137,13 +139,12 @@ class PackedDialogues:
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Rows.row`; the room that is left belongs to document -1."""
-        epoch, place = 0, index
-        while place >= len(self._epoch(epoch)):
-            place -= len(self._epoch(epoch))
-            epoch += 1
+        while self._starts[-1] <= index:
+            self._starts.append(self._starts[-1] + len(self._epoch(len(self._starts) - 1)))
+        epoch = bisect_right(self._starts, index) - 1
         ids, targets, owner = (np.full(self.sequence_length, fill) for fill in (0, IGNORED, -1))
         at = 0
-        for number in self._epoch(epoch)[place]:
+        for number in self._epoch(epoch)[index - self._starts[epoch]]:
             tokens, marks = self.dialogues[number]
             span = slice(at, at + len(tokens) - 1)
             ids[span], targets[span] = tokens[:-1], np.where(marks[1:], tokens[1:], IGNORED)

@@ -195,6 +195,25 @@ def test_dialogues_are_packed_whole_and_only_the_assistant_counts() -> None:
     assert len({tuple(rows.row(i)[0]) for i in range(40)}) > 4
 
 
+def test_every_epoch_of_dialogues_is_packed_once() -> None:
+    dialogues = [(np.arange(n) + 100 * n, np.arange(n) >= 3) for n in range(5, 20)]
+    packed = []
+
+    class Watched(PackedDialogues):
+        def _pack(self, epoch: int) -> list[list[int]]:
+            packed.append(epoch)
+            return super()._pack(epoch)
+
+    rows, resumed = (kind(dialogues, sequence_length=20, seed=0) for kind in (Watched, PackedDialogues))
+    expected = [numbers for epoch in range(30) for numbers in resumed._pack(epoch)]
+    for index in (*range(len(expected)), 3):
+        owner = rows.row(index)[2]
+        assert list(dict.fromkeys(owner[owner >= 0].tolist())) == expected[index]
+    assert packed == [*range(30), 0]
+    for index in (len(expected) - 1, 40):
+        assert np.array_equal(resumed.row(index), rows.row(index))
+
+
 def test_checkpoints_are_checked_and_a_damaged_one_is_skipped(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "store")
     assert store.latest() is None
