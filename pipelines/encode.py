@@ -124,7 +124,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def _require_same_ids(tokenizer: Tokenizer, encoder: tiktoken.Encoding, table: pd.DataFrame) -> None:
     """Both libraries must agree on the first documents of every source before one of them encodes the rest."""
     for text in table.groupby("source")["text"].head(4):
-        assert tokenizer.encode(text, add_special_tokens=False).ids == encoder.encode_ordinary(text)
+        if tokenizer.encode(text, add_special_tokens=False).ids != encoder.encode_ordinary(text):
+            raise UserError(
+                "tokenizers and tiktoken give different ids for the same text; install the versions that "
+                "constraints.txt names and run again."
+            )
 
 
 def _write_split(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -357,6 +358,17 @@ def test_normal_text_is_what_expressions_make_of_it(anything: str) -> None:
 def test_a_vocabulary_beyond_the_text_is_refused() -> None:
     with pytest.raises(UserError, match=r"`encode.vocab_size` is 5000, but the text yields only \d+"):
         train_tokenizer(5000, ["just a few words"])
+
+
+def test_other_ids_of_the_other_library_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned(tmp_path, SMALL, a=PLAIN)
+    byte = tiktoken.Encoding(
+        "bytes", pat_str=".", mergeable_ranks={bytes([n]): n for n in range(256)}, special_tokens={}
+    )
+    monkeypatch.setattr("pipelines.encode.load_encoder", lambda folder: byte)
+    with pytest.raises(UserError, match="tokenizers and tiktoken give different ids"):
+        encode(Encode(vocab_size=300), tmp_path / "clean", tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_the_chat_template_is_what_finetuning_trains_on(corpus: Path) -> None:
