@@ -1,4 +1,4 @@
-"""How many nats a model needs for each token of a document, when every token has at least half a window of context.
+"""How many nats a model needs for each token of a document, shown all that is before it or at least half a window.
 
 Shapes: n tokens of a document, S tokens a window, M layers with experts, E routed experts.
 """
