@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("model", "pipelines", "kernels") for path in (ROOT / folder).rglob("*.py")]
+STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 
 
 def test_kernels_is_no_package_and_transformers_imports_from_the_root() -> None:
@@ -34,6 +36,25 @@ def test_files_and_functions_stay_short_and_say_what_they_return(path: Path) -> 
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < 90, node.name
             assert node.returns is not None, node.name
+
+
+AROUND = {"stage", "params", "tracking", "repository", "machine.environment"}  # run and record any stage
+SHOWN = {"pages", "figures", "digests", "lineage", "register"}  # draw, name or ask for what is there already
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_the_code_that_shapes_its_result(name: str) -> None:
+    """The stage's own module, and every module of `pipelines` that it imports directly, but those around all stages
+    (their parameters are the stage's `params`) and those that compute nothing."""
+    own = ROOT / "pipelines" / f"{name}.py"
+    modules = {"pipelines." + name}
+    for node in ast.walk(ast.parse(own.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "pipelines":
+            folder = ROOT / node.module.replace(".", "/")
+            modules |= {f"{node.module}.{part.name}" if folder.is_dir() else node.module for part in node.names}
+    shaping = {module for module in modules if module.removeprefix("pipelines.") not in AROUND | SHOWN}
+    listed = {dep for dep in STAGES[name]["deps"] if dep.startswith("pipelines/") and dep.endswith(".py")}
+    assert listed == {f"{module.replace('.', '/')}.py" for module in shaping}
 
 
 def test_mlflow_has_one_door() -> None:
