@@ -43,7 +43,6 @@ def write(folder: Path, params: Params, config: ModelConfig, clean: Path, chat: 
         others=int((shares < SPOKEN).sum()),
         base=base,
         tuned=tuned,
-        has_answers=math.isfinite(tuned["assistant_perplexity"]),
     )
     card.save(folder / NAME)
 
@@ -54,7 +53,7 @@ def _front_matter(
     """The YAML that the hub reads. Programs are no language there; a country is left out of pt_BR."""
     spoken = [language.split("_")[0] for language in shares[shares >= SPOKEN].index if language != "code"]
     metrics = {"bits_per_byte": tuned["bits_per_byte"], "perplexity": tuned["assistant_perplexity"]}
-    known = {name: round(value, 4) for name, value in metrics.items() if math.isfinite(value)}
+    known = {name: round(value, 4) for name, value in metrics.items() if value is not None and math.isfinite(value)}
     return ModelCardData(
         model_name=params.register_.name,
         language=list(dict.fromkeys(spoken)) or None,

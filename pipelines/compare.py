@@ -111,8 +111,10 @@ def _figures(mine: dict[str, Any], other: dict[str, Any], ours: Path, theirs: Pa
         rows.append(
             _row(f"bits per byte, {name}", a, b, "bits_per_byte", "ci95") | {"paired": _paired(ours, theirs, name)}
         )
-    rows.append(_row("perplexity of answers", mine["chat"], other["chat"], "assistant_perplexity", "assistant_ci95"))
-    rows.append(_row("busiest expert over an equal share", mine["chat"], other["chat"], "max_load_over_mean", ""))
+    a, b = mine["chat"], other["chat"]
+    if a["assistant_tokens"] and b["assistant_tokens"]:
+        rows.append(_row("perplexity of answers", a, b, "assistant_perplexity", "assistant_ci95"))
+    rows.append(_row("busiest expert over an equal share", a, b, "max_load_over_mean", ""))
     return rows
 
 

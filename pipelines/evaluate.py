@@ -73,9 +73,11 @@ def evaluate(
     }
     metrics |= assistant_perplexity(net, encoder, chat, languages, params.sequence_length)
     _write_plots(metrics, table, reports / "plots", variant)
+    perplexity = metrics["assistant_perplexity"]
+    answers = f", assistant perplexity {perplexity:.1f}" if metrics["assistant_tokens"] else ""
     stage.say(
         f"evaluate   {variant}: {metrics['bits_per_byte']:.3f} bits per byte held out (xz {baselines['xz']:.3f}, "
-        f"5-gram {baselines['five_gram']:.3f}), assistant perplexity {metrics['assistant_perplexity']:.1f}"
+        f"5-gram {baselines['five_gram']:.3f}){answers}"
     )
     return metrics
 
@@ -113,11 +115,14 @@ def expert_load(load_ME: torch.Tensor, first_layer: int) -> dict[str, Any]:
 def assistant_perplexity(
     net: MoETransformer, encoder: tiktoken.Encoding, chat: Path, languages: list[str], sequence_length: int
 ) -> dict[str, Any]:
-    """Perplexity of the assistant's tokens in held-out dialogues, with its 95 % interval over dialogues."""
+    """Perplexity of the assistant's tokens in held-out dialogues, with its 95 % interval over dialogues.
+
+    None where there are no such tokens (`assistant_tokens` is 0): JSON has no NaN.
+    """
     table = dialogues(chat, ["messages", "language", "split"])
     table = table[(table["split"] == "heldout") & table["language"].isin(languages)]
     if table.empty:
-        return {"assistant_perplexity": math.nan, "assistant_ci95": [math.nan, math.nan], "assistant_tokens": 0}
+        return {"assistant_perplexity": None, "assistant_ci95": None, "assistant_tokens": 0}
     marked = [mark_assistant(messages, encoder) for messages in table["messages"]]
     nats, _ = score(net, [ids for ids, _ in marked], sequence_length, devices.default())
     kept = [row[marks[1:]] for row, (_, marks) in zip(nats, marked, strict=True)]

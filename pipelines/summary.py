@@ -21,9 +21,9 @@ def describe(reports: Path, facts: dict[str, Any], digest: str, review: MlflowRu
     low, high = chat["ci95"]
     figures = (
         f"**{chat['bits_per_byte']:.3f} bits per byte** held out (95 %: {low:.3f} to {high:.3f}; "
-        f"xz {chat['baselines']['xz']:.3f}, 5-gram {chat['baselines']['five_gram']:.3f}), "
-        f"perplexity of answers {chat['assistant_perplexity']:.1f}."
+        f"xz {chat['baselines']['xz']:.3f}, 5-gram {chat['baselines']['five_gram']:.3f})"
     )
+    figures += f", perplexity of answers {chat['assistant_perplexity']:.1f}." if chat["assistant_tokens"] else "."
     named = ", ".join(f"{source['name']} ({source['licence']})" for source in facts["sources"])
     sources = textwrap.shorten(named, 2000, placeholder=" ...")
     lines = [figures, *_against(reports), f"Trained on {sources}.", *_page(review)]

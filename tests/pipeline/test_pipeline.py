@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import stage
+from pipelines import card, compare, evaluate, models, review, stage, summary
+from pipelines.params import load_params
 
 STAGES = [
     "fetch",
@@ -103,6 +104,27 @@ def test_the_review_page_needs_no_network(project) -> None:
     run_id = project.read("reports/runs/export.json")["run_id"]
     for word in ("shovel promote", "PSF-2.0", "5-gram", "more than twice an equal share", run_id):
         assert word in page
+
+
+def test_where_no_answers_are_held_out_the_reports_are_json_and_everything_reads_them(
+    reproduced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(reproduced.copy(tmp_path / "project").folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nothing.db")
+    params, reports, release = load_params(), Path("reports"), Path("data/models/release")
+    none = evaluate.assistant_perplexity(None, None, Path("data/chat"), ["xx"], 64)
+    json.dumps(none, allow_nan=False)
+    both = {}
+    for name in ("base", "chat"):
+        both[name] = json.loads((reports / f"evaluate-{name}.json").read_text()) | none
+        stage.write_json(reports / f"evaluate-{name}.json", both[name])
+    review.review(params, release, reports, tmp_path / "page.html")
+    card.write(tmp_path, params, models.load(release, "export").config, Path("data/clean"), Path("data/chat"), reports)
+    description = summary.describe(reports, {"sources": []}, "", None)
+    shutil.copy("params.yaml", reports)
+    names = [row["name"] for row in compare.side_by_side(reports, reports)["figures"]]
+    texts = [(tmp_path / name).read_text() for name in ("page.html", "README.md")]
+    assert "perplexity" not in "".join([*texts, description, *names])
 
 
 def test_register_is_idempotent_and_promote_asks_the_gates(project, client) -> None:
