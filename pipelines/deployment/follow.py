@@ -76,7 +76,7 @@ class Follower:
         try:
             self._serve()
         except Exception as error:  # noqa: BLE001  whatever is wrong with the new version, the old one serves
-            self._refuse(found, str(error))
+            self._refuse(found, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}.")
 
     def _version(self) -> tracking.ModelVersion | None:
         """The version behind the alias; None when there is none, or when the registry does not answer."""
@@ -96,9 +96,10 @@ class Follower:
         engine = self._manager.load(model.folder, self._where.name, model.version.version)
         try:
             smoke(engine)
-        except (RuntimeError, TimeoutError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  a chat template, too, may raise anything
             engine.close()
-            raise UserError(f"version {engine.version} of {engine.name} fails its smoke test: {error}") from None
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"version {engine.version} of {engine.name} fails its smoke test ({why}).") from None
         self._manager.switch(engine)
         self._refused = None
         stage.say(f"follow     {engine.name} version {engine.version} answers at {self._address}")

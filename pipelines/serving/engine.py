@@ -133,7 +133,11 @@ class Engine:
         environment.require_passport(device)
         net = models.load(folder, made_by="export").to(device)
         engine = cls(net, Text(folder), name, version, params)
-        engine.complete([0], 4, timeout_s=FIRST_ANSWER_S)
+        try:
+            engine.complete([0], 4, timeout_s=FIRST_ANSWER_S)
+        except Exception:
+            engine.close()
+            raise
         return engine
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import openai
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 from model import ModelConfig, build, generate, load_pretrained, save_pretrained
 from model.batch import Batch
 from model.config import HEAVY, SLIDING, SPARSE
+from pipelines.deployment import deploy, follow
 from pipelines.encode import CHAT_TEMPLATE, EOS, SPECIAL, train_tokenizer
 from pipelines.params import Serve, UserError
 from pipelines.serving.app import create_app
@@ -278,6 +280,27 @@ def test_a_step_that_fails_is_told_once_and_the_next_request_is_answered(folder:
     assert sum(len(piece.tokens) for piece in engine.complete([7, 8], 4)) == 4
     engine.close()
     assert [piece.finish_reason for piece in pieces] == ["error"]
+
+
+@pytest.mark.parametrize(("place", "name"), [(Batch, "join"), (follow, "smoke")])
+def test_a_version_that_fails_is_told_and_leaves_nothing_behind(folder: Path, monkeypatch, place, name: str) -> None:
+    """In its first answer, or in its smoke test with an error that nobody foresaw."""
+    manager = Manager(PARAMS)
+    manager.switch(manager.load(folder, NAME, "1"))
+    found = SimpleNamespace(version="2")
+    monkeypatch.setattr(follow.tracking, "connect", lambda: None)
+    monkeypatch.setattr(follow.tracking, "version_behind", lambda *_: found)
+    monkeypatch.setattr(deploy, "prepare", lambda *_: deploy.Model(found, folder))
+    monkeypatch.setattr(deploy, "tag", lambda *_, **__: None)
+    follower = follow.Follower(manager, deploy.Target(NAME, "champion"), None, "here")
+    with monkeypatch.context() as broken:
+        broken.setattr(place, name, lambda *_: {}[name])
+        follower._look()
+    refused = follower.health()["follows"]["refused"]
+    assert refused["version"] == "2" and "Error: " in refused["why"] and refused["why"].endswith(".")
+    assert manager.current.version == "1" and len(manager.current.complete([7], 2)) > 0
+    manager.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == f"engine {NAME} 2"]
 
 
 def test_metrics_and_ledger_know_what_was_done(served: Endpoint) -> None:
