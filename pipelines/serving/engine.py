@@ -218,8 +218,13 @@ class Engine:
                 request = self._waiting.popleft()
             if request.cancelled:
                 continue
-            self._reading.append((_Row(request, Answer(self.text, request.stops)), self._opened(request)))
-            read += len(request.prompt)
+            row = _Row(request, Answer(self.text, request.stops))
+            try:
+                self._reading.append((row, self._opened(request)))
+            except Exception as error:  # noqa: BLE001  memory, say; the others go on
+                self._tell(error, [row])
+            else:
+                read += len(request.prompt)
 
     def _opened(self, request: Request) -> Reading:
         """Its prompt, whose beginning may be known."""
@@ -310,11 +315,15 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """Everything in flight ends with an error; the queue goes on."""
-        stage.say(f"serve      a step failed: {type(error).__name__}: {error}")
         rows = [*self._rows, *(row for row, _ in self._reading)]
         self._rows, self._reading, self._batch = [], [], Batch(self.net)
+        self._tell(error, rows)
+
+    def _tell(self, error: Exception, rows: Iterable[_Row]) -> None:
+        """Those rows end with an error."""
         for row in rows:
             self._end(row, Piece(text="the engine failed; try again", finish_reason="error"))
+        stage.say(f"serve      a step failed: {type(error).__name__}: {error}")
 
     def _score_prompt(self, row: _Row, logits_CV: Tensor, start: int) -> None:
         """Scores of the prompt's tokens that a chunk's logits foretell: those from start + 1 on."""

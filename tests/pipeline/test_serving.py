@@ -1,6 +1,7 @@
 """The endpoint over HTTP: asked by the official client, by many at once, and by people who make mistakes."""
 
 import json
+import queue
 import socket
 import threading
 import time
@@ -280,6 +281,18 @@ def test_a_step_that_fails_is_told_once_and_the_next_request_is_answered(folder:
     assert sum(len(piece.tokens) for piece in engine.complete([7, 8], 4)) == 4
     engine.close()
     assert [piece.finish_reason for piece in pieces] == ["error"]
+
+
+def test_a_prompt_that_cannot_be_opened_ends_alone(folder: Path, monkeypatch) -> None:
+    engine = Engine.load(folder, NAME, "7", PARAMS)
+    opened = engine._opened
+    monkeypatch.setattr(engine, "_opened", lambda request: {}[0] if request.prompt == [9] else opened(request))
+    neighbour: queue.Queue[Piece] = queue.Queue()
+    engine.submit(Request([7, 8], 200, neighbour.put))
+    with pytest.raises(RuntimeError, match="the engine failed; try again"):
+        engine.complete([9], 4, timeout_s=10)
+    engine.close()
+    assert [piece.finish_reason for piece in neighbour.queue][-1] in ("stop", "length")
 
 
 @pytest.mark.parametrize(("place", "name"), [(Batch, "join"), (follow, "smoke")])
