@@ -147,8 +147,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Requests in the queue, without those that were cancelled there."""
+        return sum(not request.cancelled for request in list(self._waiting))
 
     @property
     def running(self) -> int:
@@ -166,7 +166,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Closed
-            if len(self._waiting) >= self.max_queue:
+            if self.waiting >= self.max_queue:
                 raise QueueFull
             self._waiting.append(request)
             self._changed.notify()
@@ -216,8 +216,6 @@ class Engine:
                 return
             with self._changed:
                 request = self._waiting.popleft()
-            if request.cancelled:
-                continue
             row = _Row(request, Answer(self.text, request.stops))
             try:
                 self._reading.append((row, self._opened(request)))
@@ -310,6 +308,8 @@ class Engine:
             self._batch.keep(order)
 
     def _drop_cancelled(self) -> None:
+        with self._changed:
+            self._waiting = deque(request for request in self._waiting if not request.cancelled)
         self._reading = [(row, reading) for row, reading in self._reading if not row.request.cancelled]
         self._leave(place for place, row in enumerate(self._rows) if row.request.cancelled)
 

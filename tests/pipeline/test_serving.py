@@ -27,7 +27,7 @@ from pipelines.deployment import deploy, follow
 from pipelines.encode import CHAT_TEMPLATE, EOS, SPECIAL, train_tokenizer
 from pipelines.params import Serve, UserError
 from pipelines.serving.app import create_app
-from pipelines.serving.engine import Engine, Piece, Request
+from pipelines.serving.engine import Engine, Piece, QueueFull, Request
 from pipelines.serving.guard import read_callers
 from pipelines.serving.ledger import Ledger, totals
 from pipelines.serving.manager import Manager
@@ -268,6 +268,25 @@ def test_a_full_queue_says_come_again(served: Endpoint) -> None:
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(ask, range(40)))
     assert set(statuses) == {200, 429} and statuses.count(200) >= PARAMS.max_queue
+
+
+def test_those_who_hung_up_in_the_queue_take_no_place_in_it(folder: Path) -> None:
+    engine, begun, goes_on = Engine.load(folder, NAME, "7", PARAMS), threading.Event(), threading.Event()
+    engine.submit(Request([5, 6], 2, lambda _: (begun.set(), goes_on.wait(20))))
+    assert begun.wait(20)
+    pieces: list[Piece] = []
+    requests = [Request([7, 8], 2, pieces.append) for _ in range(2 * PARAMS.max_queue)]
+    for request in requests[: PARAMS.max_queue]:
+        engine.submit(request)
+        request.cancel()
+    for request in requests[PARAMS.max_queue :]:
+        engine.submit(request)
+    assert engine.waiting == PARAMS.max_queue
+    with pytest.raises(QueueFull):
+        engine.submit(Request([7, 8], 2, pieces.append))
+    goes_on.set()
+    engine.close()
+    assert sum(piece.finish_reason is not None for piece in pieces) == PARAMS.max_queue
 
 
 def test_a_step_that_fails_is_told_once_and_the_next_request_is_answered(folder: Path, monkeypatch) -> None:
