@@ -202,7 +202,7 @@ class Serve(Section):
     port: int = Field(8000, ge=1, le=65535, description="of `shovel serve`")
     max_batch: int = Field(16, ge=1, le=1024, description="requests that are decoded together")
     max_queue: int = Field(64, ge=1, description="requests that wait; one more is answered with 429")
-    max_prefixes: int = Field(64, ge=0, description="beginnings of prompts whose caches are kept for the next prompt")
+    max_prefixes: int = Field(64, ge=0, description="beginnings of prompts whose caches are kept: a number, not bytes")
     max_new_tokens: int = Field(256, ge=1, description="length of an answer whose request names none")
     max_body_kib: int = Field(1024, ge=1, description="a longer request is answered with 413")
     currency: str = Field("EUR", pattern=r"^[A-Z]{3}$", description="of the prices below, ISO 4217")

@@ -19,8 +19,10 @@ class Prefixes:
 
     def remember(self, reading: Reading, prompt: list[int]) -> None:
         """What was read so far, if whole chunks; the MTP block has seen the token after them, too."""
-        if self.size and not reading.done and (key := tuple(prompt[: reading.at + 1])) not in self._states:
+        key = tuple(prompt[: reading.at + 1])
+        if self.size and not reading.done and self._known(key, reading) is None:
             self._states[key] = reading.state()
+            self._states.move_to_end(key)
             if len(self._states) > self.size:
                 self._states.popitem(last=False)
 
@@ -28,8 +30,13 @@ class Prefixes:
         """Let a fresh reading go on after the longest beginning that is known; returns its tokens."""
         for end in range((len(prompt) - 1) // CHUNK * CHUNK, 0, -CHUNK):
             key = tuple(prompt[: end + 1])
-            if key in self._states:
+            if state := self._known(key, reading):
                 self._states.move_to_end(key)
-                reading.resume(end, self._states[key])
+                reading.resume(end, state)
                 return end
         return 0
+
+    def _known(self, key: tuple[int, ...], reading: Reading) -> State | None:
+        """One that was read without drafts is of no use to a reading with them, and makes room for its own."""
+        state = self._states.get(key)
+        return None if state and state[1] is None and reading.ahead is not None else state

@@ -10,6 +10,7 @@ from model import ModelConfig, generate
 from model.batch import CHUNK, Batch, Reading, Sampler
 from model.config import HEAVY, SLIDING, SPARSE
 from model.transformer import MoETransformer, build
+from pipelines.serving.prefixes import Prefixes
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 2, "q_lora_rank": 16,
@@ -117,6 +118,20 @@ def test_a_reading_goes_on_where_another_stopped(net: MoETransformer) -> None:
     while not resumed.done:
         resumed.advance()
     assert torch.equal(resumed.logits_RV, whole.logits_RV) and resumed.drafts == whole.drafts
+
+
+def test_a_beginning_read_without_drafts_is_replaced_by_one_with_them(net: MoETransformer) -> None:
+    prompt, known = [7] * (CHUNK + 10), Prefixes(4)
+    for speculate, cached in ((False, 0), (False, CHUNK), (True, 0 if net.config.num_nextn_predict_layers else CHUNK)):
+        reading = Reading(net, [prompt], [Sampler()], speculate)
+        assert known.resume(reading, prompt) == cached
+        while not reading.done:
+            reading.advance()
+            known.remember(reading, prompt)
+    for speculate in (True, False):
+        reading = Reading(net, [prompt], [Sampler()], speculate)
+        assert known.resume(reading, prompt) == CHUNK
+        assert (reading.ahead is not None) == (speculate and net.config.num_nextn_predict_layers > 0)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 2}])
