@@ -5,7 +5,6 @@ them /health and /metrics. Mistakes of a client are answered with a 4xx in OpenA
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +13,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from pipelines import stage
 from pipelines.params import Serve
 from pipelines.serving.call import Call
 from pipelines.serving.engine import Closed, Engine, QueueFull
@@ -48,10 +46,7 @@ def create_app(
     def account(request: Request, call: Call) -> None:
         metrics.generated(call.request, call.usage)
         caller = request.scope["caller"] or call.body.user or "anonymous"
-        try:
-            ledger.add(caller, call.engine.name, call.engine.version, request.url.path, call.usage)
-        except sqlite3.Error as error:
-            stage.say(f"serve      an answer is missing in the ledger: {error}")
+        ledger.add(caller, call.engine.name, call.engine.version, request.url.path, call.usage)
 
     async def answer(request: Request, body: Generation, prepare: Callable[[Engine], Call]) -> Response:
         call = await _started(manager, body, prepare)

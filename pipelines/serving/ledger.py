@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipelines import stage
 from pipelines.params import Serve, UserError
 from pipelines.serving.protocol import Usage
 
@@ -21,11 +22,11 @@ SUMS = """SELECT caller, model, version, count(*) AS requests, sum(prompt) AS pr
 
 
 class Ledger:
-    """The file, open for adding. Prices are those of the moment and stay with each row."""
+    """The file, open for adding in a thread of its own. Prices are those of the moment and stay with each row."""
 
     def __init__(self, file: Path, params: Serve) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._params, self._lock = params, threading.Lock()
+        self._params, self._writer = params, ThreadPoolExecutor(1, "ledger")
         try:
             self._database = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=30)
             self._database.execute("PRAGMA journal_mode=WAL")
@@ -35,19 +36,24 @@ class Ledger:
             raise UserError(f"{file} cannot be used as a ledger ({error}); move it away, a new one is made.") from None
 
     def add(self, caller: str, model: str, version: str, endpoint: str, usage: Usage) -> None:
-        """One answer."""
+        """One answer; it is written soon, and nobody waits for that."""
         row = (caller, model, version, endpoint, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        self._writer.submit(self._write, (*row, cost(usage, self._params), self._params.currency))
+
+    def _write(self, row: tuple[Any, ...]) -> None:
         statement = (
             "INSERT INTO usage (caller, model, version, endpoint, prompt, cached, completion, cost, currency)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         )
-        with self._lock:
-            self._database.execute(statement, (*row, cost(usage, self._params), self._params.currency))
+        try:
+            self._database.execute(statement, row)
+        except sqlite3.Error as error:
+            stage.say(f"serve      an answer is missing in the ledger: {error}")
 
     def close(self) -> None:
-        """No more rows."""
-        with self._lock:
-            self._database.close()
+        """No more rows; those that were added are written first."""
+        self._writer.shutdown()
+        self._database.close()
 
 
 def cost(usage: Usage, params: Serve) -> float:
