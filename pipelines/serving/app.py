@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from pipelines.params import Serve
 from pipelines.serving.call import Call
@@ -26,6 +27,21 @@ from pipelines.serving.shapes import ChatShape, TextShape
 Body = TypeVar("Body", bound=Generation)
 RETRY_AFTER_S = 1
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Stream(StreamingResponse):
+    """The events of a call, which ends with it: a client may hang up before the first event is asked for."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.events(), media_type="text/event-stream", headers=STREAM)
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._call.end()
 
 
 def create_app(
@@ -52,7 +68,7 @@ def create_app(
         call = await _started(manager, body, prepare)
         call.on_end = lambda: account(request, call)
         if body.stream:
-            return StreamingResponse(call.events(), media_type="text/event-stream", headers=STREAM)
+            return Stream(call)
         return JSONResponse(await call.whole(request.receive))
 
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))

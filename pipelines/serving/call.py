@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
 
 class Call:
-    """A prompt, its engine and the shape of its answer. on_end is called once, when the client has got what it gets."""
+    """A prompt, its engine and the shape of its answer. on_end is called once, by `end`."""
 
     def __init__(
         self,
@@ -58,6 +58,11 @@ class Call:
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         self.engine.submit(self.request)
 
+    def end(self) -> None:
+        """The client has got what it gets: nothing more is generated."""
+        self.request.cancel()
+        self.on_end()
+
     def _emit(self, piece: Piece) -> None:
         """In the engine's thread; a whole answer wakes the server's only at its end."""
         if not self.body.stream:
@@ -77,33 +82,28 @@ class Call:
             if piece.finish_reason == "error":
                 raise ApiError(500, piece.text)
         finally:
-            self.request.cancel()
             gathering.cancel()
             hung_up.cancel()
-            self.on_end()
+            self.end()
         head = envelope(self.shape.kind, self.engine.name, self.engine.version)
         return head | {"choices": [self.shape.whole(piece)], "usage": self.usage.shape()}
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events. The server ends this iterator when the client hangs up, and that ends the generation."""
+        """Server-sent events; whoever sends them calls `end`."""
         head = envelope(self.shape.chunk_kind, self.engine.name, self.engine.version)
         counted = self.body.stream_options is not None and self.body.stream_options.include_usage
         head |= {"usage": None} if counted else {}
-        try:
-            for choice in self.shape.first():
-                yield _event(head | {"choices": [choice]})
-            async for piece in self._each():
-                if piece.finish_reason == "error":
-                    yield _event(ApiError(500, piece.text).body())
-                    break
-                if piece.text or piece.scored or piece.finish_reason:
-                    yield _event(head | {"choices": [self.shape.chunk(piece)]})
-            if counted:
-                yield _event(head | {"choices": [], "usage": self.usage.shape()})
-            yield "data: [DONE]\n\n"
-        finally:
-            self.request.cancel()
-            self.on_end()
+        for choice in self.shape.first():
+            yield _event(head | {"choices": [choice]})
+        async for piece in self._each():
+            if piece.finish_reason == "error":
+                yield _event(ApiError(500, piece.text).body())
+                break
+            if piece.text or piece.scored or piece.finish_reason:
+                yield _event(head | {"choices": [self.shape.chunk(piece)]})
+        if counted:
+            yield _event(head | {"choices": [], "usage": self.usage.shape()})
+        yield "data: [DONE]\n\n"
 
     async def _each(self) -> AsyncIterator[Piece]:
         while True:

@@ -1,5 +1,6 @@
 """The endpoint over HTTP: asked by the official client, by many at once, and by people who make mistakes."""
 
+import asyncio
 import json
 import queue
 import socket
@@ -251,6 +252,24 @@ def test_a_client_that_hangs_up_frees_its_place(served: Endpoint) -> None:
             wait_for(lambda: served.manager.current.running == 1)
         wait_for(lambda: served.manager.current.running == 0)
     wait_for(lambda: any(row["caller"] == "anonymous" and row["completion"] for row in totals(served.ledger_file)))
+
+
+def test_a_client_that_hangs_up_before_a_stream_begins_ends_it(served: Endpoint, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "usage.db", PARAMS)
+    app = create_app(served.manager, PARAMS, ledger)
+    body = json.dumps({"model": NAME, "prompt": "the sea", "max_tokens": 1000, "stream": True}).encode()
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body}]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "method": "POST", "path": "/v1/completions", "headers": []}
+
+    async def receive() -> dict:
+        return messages.pop()
+
+    async def send(message: dict) -> None:
+        await asyncio.sleep(0.01)  # as uvicorn's does while the connection is full
+
+    asyncio.run(app(scope | {"query_string": b""}, receive, send))
+    ledger.close()
+    assert [row["requests"] for row in totals(tmp_path / "usage.db")] == [1]
 
 
 def wait_for(condition, seconds: float = 20) -> None:
