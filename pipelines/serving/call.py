@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pipelines.serving.engine import Engine, Piece, Request
@@ -69,7 +70,8 @@ class Call:
             self._whole.add(piece)
             piece = self._whole
         if self.body.stream or piece.finish_reason:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            with suppress(RuntimeError):  # the loop is closed: the server has ended, nobody waits
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def whole(self, receive: Receive) -> dict[str, Any]:
         """The complete answer; raises `ApiError`. A client that hangs up ends the generation."""

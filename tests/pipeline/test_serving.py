@@ -29,11 +29,14 @@ from pipelines.deployment import deploy, follow
 from pipelines.encode import CHAT_TEMPLATE, EOS, SPECIAL, train_tokenizer
 from pipelines.params import Serve, UserError
 from pipelines.serving.app import create_app
+from pipelines.serving.call import Call
 from pipelines.serving.engine import Engine, Piece, QueueFull, Request
 from pipelines.serving.guard import read_callers
 from pipelines.serving.ledger import Ledger, totals
 from pipelines.serving.manager import Manager
+from pipelines.serving.protocol import CompletionRequest
 from pipelines.serving.server import require_callers
+from pipelines.serving.shapes import TextShape
 
 NAME, TOKEN = "tiny", "a-token-of-enough-characters"
 PARAMS = Serve(max_batch=6, max_queue=8, max_new_tokens=16, max_body_kib=256)
@@ -270,6 +273,22 @@ def test_a_client_that_hangs_up_before_a_stream_begins_ends_it(served: Endpoint,
     asyncio.run(app(scope | {"query_string": b""}, receive, send))
     ledger.close()
     assert [row["requests"] for row in totals(tmp_path / "usage.db")] == [1]
+
+
+def test_an_engine_finishes_when_the_server_has_ended_before_it(folder: Path) -> None:
+    engine, ended = Engine.load(folder, NAME, "7", PARAMS), threading.Event()
+    engine.submit(Request([5, 6], 1, lambda _: ended.wait(20)))
+    body = CompletionRequest(model=NAME, prompt=[7, 8])
+    call = Call(engine, body, body.ids(), 4, TextShape(engine.text, logprobs=False))
+
+    async def ask() -> None:
+        call.start()
+
+    asyncio.run(ask())
+    ended.set()
+    assert len(engine.complete([7, 8], 4, timeout_s=20)) > 0
+    engine.close()
+    assert call.request.completion_tokens > 0
 
 
 def wait_for(condition, seconds: float = 20) -> None:
