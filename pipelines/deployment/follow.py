@@ -66,9 +66,9 @@ class Follower:
     def _look(self) -> None:
         """Bring the alias' version, when it is another one than that which answers."""
         found, current = self._version(), self._manager.current
-        if found is None:
+        if found is None or current is None:  # the server ends
             return
-        if current is not None and found.version == current.version:
+        if found.version == current.version:
             self._refused = None
             return
         if self._refused and self._refused["version"] == found.version and time.monotonic() < self._retry_s:
@@ -100,6 +100,9 @@ class Follower:
             engine.close()
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"version {engine.version} of {engine.name} fails its smoke test ({why}).") from None
+        if self._stopping.is_set():
+            engine.close()
+            return
         self._manager.switch(engine)
         self._refused = None
         stage.say(f"follow     {engine.name} version {engine.version} answers at {self._address}")

@@ -353,17 +353,21 @@ def test_a_prompt_that_cannot_be_opened_ends_alone(folder: Path, monkeypatch) ->
     assert [piece.finish_reason for piece in neighbour.queue][-1] in ("stop", "length")
 
 
-@pytest.mark.parametrize(("place", "name"), [(Batch, "join"), (follow, "smoke")])
-def test_a_version_that_fails_is_told_and_leaves_nothing_behind(folder: Path, monkeypatch, place, name: str) -> None:
-    """In its first answer, or in its smoke test with an error that nobody foresaw."""
-    manager = Manager(PARAMS)
+def before_version_2(folder: Path, monkeypatch) -> tuple[Manager, follow.Follower]:
+    """Version 1 answers, and the alias has just moved to version 2; there is no registry."""
+    manager, found = Manager(PARAMS), SimpleNamespace(version="2")
     manager.switch(manager.load(folder, NAME, "1"))
-    found = SimpleNamespace(version="2")
     monkeypatch.setattr(follow.tracking, "connect", lambda: None)
     monkeypatch.setattr(follow.tracking, "version_behind", lambda *_: found)
     monkeypatch.setattr(deploy, "prepare", lambda *_: deploy.Model(found, folder))
     monkeypatch.setattr(deploy, "tag", lambda *_, **__: None)
-    follower = follow.Follower(manager, deploy.Target(NAME, "champion"), None, "here")
+    return manager, follow.Follower(manager, deploy.Target(NAME, "champion"), None, "here")
+
+
+@pytest.mark.parametrize(("place", "name"), [(Batch, "join"), (follow, "smoke")])
+def test_a_version_that_fails_is_told_and_leaves_nothing_behind(folder: Path, monkeypatch, place, name: str) -> None:
+    """In its first answer, or in its smoke test with an error that nobody foresaw."""
+    manager, follower = before_version_2(folder, monkeypatch)
     with monkeypatch.context() as broken:
         broken.setattr(place, name, lambda *_: {}[name])
         follower._look()
@@ -372,6 +376,19 @@ def test_a_version_that_fails_is_told_and_leaves_nothing_behind(folder: Path, mo
     assert manager.current.version == "1" and len(manager.current.complete([7], 2)) > 0
     manager.close()
     assert not [thread for thread in threading.enumerate() if thread.name == f"engine {NAME} 2"]
+
+
+def test_a_server_that_ends_changes_its_model_no_more(folder: Path, monkeypatch) -> None:
+    manager, follower = before_version_2(folder, monkeypatch)
+    smoke = follow.smoke
+    with monkeypatch.context() as ending:
+        ending.setattr(follow, "smoke", lambda engine: (smoke(engine), follower.stop()))
+        follower._look()
+    assert manager.current.version == "1"
+    manager.close()
+    follower._look()
+    assert manager.current is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(f"engine {NAME} 2")]
 
 
 def test_metrics_and_ledger_know_what_was_done(served: Endpoint) -> None:
