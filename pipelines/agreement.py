@@ -29,12 +29,11 @@ from pipelines.deployment import endpoint
 from pipelines.encode import BOS, load_encoder
 from pipelines.finetune import mark_assistant
 from pipelines.machine import environment
-from pipelines.params import Agreement
+from pipelines.params import WRITTEN, Agreement
 from pipelines.tracking import Run
 
 TUNED, RELEASE = Path("data/models/chat"), Path("data/models/release")
 CLEAN, CHAT = Path("data/clean"), Path("data/chat")
-WRITTEN = 4  # tokens that the server adds to a prompt
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML, YAMLError
 from model.config import ModelConfig
 
 Schema = TypeVar("Schema", bound=BaseModel)
+WRITTEN = 4  # tokens that the server adds to a prompt of the stage agreement
 
 
 class UserError(Exception):
@@ -242,6 +243,12 @@ class Params(Section):
                     f"`{key}.sequence_length` ({length}) must not exceed "
                     f"`pretrain.sequence_length` ({self.pretrain.sequence_length})"
                 )
+        longest, context = max(self.agreement.lengths), self.pretrain.architecture().max_position_embeddings
+        if longest + WRITTEN > context:
+            raise ValueError(
+                f"`agreement.lengths` ({longest}), with {WRITTEN} tokens that the server adds, must not exceed the "
+                f"model's max_position_embeddings ({context})"
+            )
         return self
 
 

@@ -43,6 +43,7 @@ def test_a_preset_takes_the_place_of_what_is_committed_only(tmp_path: Path, monk
         ("pretrain", {"precision": "float8"}, "`pretrain.precision` is 'float8'"),
         ("encode", {"vocab_size": 10}, "`encode.vocab_size` is 10"),
         ("evaluate", {"sequence_length": 10**6}, "`evaluate.sequence_length` (1000000) must not exceed"),
+        ("agreement", {"lengths": [8, 4093]}, "`agreement.lengths` (4093), with 4 tokens that the server adds"),
         ("finetune", {"method": "dora"}, "`finetune.method` is 'dora'"),
         ("register", {"name": "a b"}, "`register.name` is 'a b'"),
     ],
