@@ -116,7 +116,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
         """The architecture of that name; raises `ValueError` listing the known ones."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"no preset is called {name!r}; choose one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 

@@ -30,7 +30,7 @@ class UserError(Exception):
 class Section(BaseModel):
     """A frozen section: unknown keys are refused and `"8"` is not a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Fetch(Section):
@@ -64,9 +64,11 @@ class Encode(Section):
 class Training(Section):
     """What pretraining and fine-tuning share."""
 
-    steps: int = Field(ge=1, description="optimiser steps")
-    batch_tokens: int = Field(ge=8, description="tokens a step")
-    sequence_length: int = Field(ge=8, description="tokens a row; documents are packed, attention stays inside each")
+    steps: int = Field(ge=1, le=10**8, description="optimiser steps")
+    batch_tokens: int = Field(ge=8, le=10**8, description="tokens a step")
+    sequence_length: int = Field(
+        ge=8, le=10**7, description="tokens a row; documents are packed, attention stays inside"
+    )
     learning_rate: float = Field(gt=0, le=1, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, le=1)
@@ -77,7 +79,7 @@ class Training(Section):
     )
     micro_batch_tokens: int | None = Field(None, ge=8, description="tokens a forward pass; none: the whole batch")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast over fp32 weights")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
 
     @model_validator(mode="after")

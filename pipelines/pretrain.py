@@ -10,6 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from model.config import ModelConfig, count_mtp_parameters, count_parameters
 from model.data import PackedTokens
 from model.hf import save_pretrained
 from model.transformer import build
@@ -29,6 +32,7 @@ def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) 
         rows = PackedTokens(tokens, "train", params.sequence_length, params.seed)
     except ValueError as error:
         raise UserError(f"params.yaml: `pretrain.sequence_length`: {error}.") from None
+    require_memory(config)
     net = build(config, params.seed)
     inputs = {"tokens": manifest["key"]}
     names = [name for shard in manifest["splits"]["train"]["shards"] for name in shard["documents"]]
@@ -42,6 +46,17 @@ def pretrain(params: Pretrain, tokens: Path, base: Path, curve: Path, run: Run) 
         f"{metrics['loss_last']:.2f}, {speed(metrics)}"
     )
     return metrics | {"epochs": epochs}
+
+
+def require_memory(config: ModelConfig) -> None:
+    """Raises `UserError` when the fp32 weights alone are more than this machine's memory."""
+    weights = count_parameters(config)[0] + count_mtp_parameters(config)
+    needed, there = 4 * weights, psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"`pretrain.model` has {weights / 1e9:,.0f} billion weights, {needed / 2**30:,.0f} GiB in fp32, and this "
+            f"machine has {there / 2**30:,.0f} GiB of memory; choose smaller sizes."
+        )
 
 
 if __name__ == "__main__":

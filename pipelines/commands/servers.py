@@ -96,7 +96,7 @@ def usage(
         typer.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        typer.echo("nothing was asked yet; `shovel serve` starts the endpoint")
+        typer.echo(f"nothing was asked {f'since {since}' if since else 'yet; `shovel serve` starts the endpoint'}")
         return
     table = Table(*(name for name in rows[0] if name != "currency"), box=None)
     for row in rows:

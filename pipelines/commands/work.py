@@ -32,8 +32,9 @@ def check() -> None:
     params, sources = load_params(PARAMS), load_sources(SOURCES)
     typer.echo(f"{PARAMS} is fine; {SOURCES} is fine: {len(sources)} sources ({', '.join(s.name for s in sources)})")
     train = params.pretrain
-    start = train.start_batch_tokens or train.batch_tokens
-    total = first_row(train.steps, train.batch_tokens, start, train.batch_ramp_steps)  # of rows of one token
+    batches = (train.batch_tokens, train.start_batch_tokens or train.batch_tokens)
+    rows = [tokens // train.sequence_length for tokens in batches]
+    total = first_row(train.steps, *rows, train.batch_ramp_steps) * train.sequence_length
     typer.echo(f"pretraining will read {total:,} tokens in {train.steps:,} steps")
 
 

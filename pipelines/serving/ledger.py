@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,19 @@ def cost(usage: Usage, params: Serve) -> float:
 
 
 def totals(file: Path, since: str = "") -> list[dict[str, Any]]:
-    """Sums by caller, model and version; since: ISO 8601, from the beginning when empty. Raises `UserError`."""
+    """Sums by caller, model and version; since: a day or a time in ISO 8601, of UTC where it names no zone; from the
+    beginning when empty. Raises `UserError`."""
+    try:
+        start = datetime.fromisoformat(since or "0001-01-01")
+    except ValueError:
+        raise UserError(f"{since!r} is no day or time; write 2026-01-31 or 2026-01-31T12:00:00Z.") from None
     if not file.exists():
         return []
+    start = start.replace(tzinfo=start.tzinfo or UTC).astimezone(UTC)
     try:
         with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as database:
             database.row_factory = sqlite3.Row
-            rows = [dict(row) for row in database.execute(SUMS, (since,))]
+            rows = [dict(row) for row in database.execute(SUMS, (start.isoformat(timespec="seconds"),))]
         database.close()
     except sqlite3.Error as error:
         raise UserError(f"{file} cannot be read as a ledger ({error}); move it away, a new one is made.") from None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.util import load_yaml_guess_indent
 
 from pipelines.params import Params, UserError, checked, read_yaml
@@ -41,7 +41,12 @@ def of_words(section: str, words: Iterable[str]) -> Overrides:
         path = key.strip().split(".")
         sections = {field.alias or name for name, field in Params.model_fields.items()}
         path = path if path[0] in sections else [section, *path]
-        value = YAML(typ="safe", pure=True).load(text)
+        try:
+            value = YAML(typ="safe", pure=True).load(text)
+        except YAMLError:
+            raise UserError(f"{text!r} is not valid YAML; quote it, as in --set '{key}=\"...\"'.") from None
+        if not path[1:] and not isinstance(value, Mapping):
+            raise UserError(f"{path[0]} is a section of params.yaml; name a key of it, as in {path[0]}.KEY=VALUE.")
         for part in reversed(path[1:]):
             value = {part: value}
         _merge(found, {path[0]: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -84,7 +85,8 @@ def table() -> pd.DataFrame:
 
 
 def _row(run: Run) -> dict[str, Any]:
-    losses = {key: value for key, value in run.metrics.items() if key.endswith(("/loss_last", "/bits_per_byte"))}
+    shown = re.compile(r"[^/]+/(loss_last|bits_per_byte)")
+    losses = {key: value for key, value in run.metrics.items() if shown.fullmatch(key)}
     return {
         "status": run.status,
         "stages": ", ".join(run.stages),

@@ -31,7 +31,7 @@ class Run:
         self.id = run_id
         self.home = live.home() / run_id
         self.folder = repository.root() if run_id == live.WORKSPACE else self.home
-        if run_id != live.WORKSPACE and not self.home.is_dir():
+        if run_id != live.WORKSPACE and (self.home.resolve().parent != live.home().resolve() or not self.home.is_dir()):
             known = ", ".join(run.id for run in every()) or "none"
             raise UserError(f"no run is called {run_id!r}; there are: {known}.")
 
@@ -183,6 +183,8 @@ class Run:
 
         if self.running or self.id == live.WORKSPACE:
             raise UserError(f"{self.id} {'still runs; stop it first' if self.running else 'is the repository itself'}.")
+        if not (self.home / "run.json").exists():
+            raise UserError(f"{self.id} is no run of `shovel runs`; only those are removed.")
         trials.remove(self.id)
 
     def __repr__(self) -> str:

@@ -125,6 +125,22 @@ def test_a_process_that_dies_before_it_speaks_is_told_of(tmp_path: Path, monkeyp
     assert runs.Run("broken").stop().status == "failed"
 
 
+@pytest.mark.parametrize("word", ["..", ".", "", "../data", "experiment"])
+def test_nothing_but_runs_is_removed(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "home", lambda: tmp_path / ".runs")
+    for folder in (".runs/experiment/progress", ".runs/mine", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").touch()
+    (tmp_path / ".runs/mine/run.json").write_text("{}")
+    files = sorted(tmp_path.rglob("*"))
+    for name in (word, str(tmp_path / "data")):
+        with pytest.raises(UserError, match="no run"):
+            runs.Run(name).remove()
+    assert sorted(tmp_path.rglob("*")) == files
+    runs.Run("mine").remove()
+    assert not (tmp_path / ".runs/mine").exists()
+
+
 def test_the_kernel_says_once_that_its_code_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel.check()
     file = Path(overrides.__file__)

@@ -1,13 +1,18 @@
 """Every mistake in params.yaml: the key, what is wrong and what to do, in one sentence; exit code 2, no traceback."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from model import ModelConfig
+from model.train import TrainConfig
 from pipelines.commands import PRESETS, work
 from pipelines.params import Params, Section, UserError, load_params
+from pipelines.pretrain import require_memory
+from pipelines.workbench import overrides
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +46,13 @@ def test_a_preset_takes_the_place_of_what_is_committed_only(tmp_path: Path, monk
         ("pretrain", {"model": {}}, "choose one of demo"),
         ("pretrain", {"model": {"preset": "demo", "vocab_size": 9}}, "set `encode.vocab_size` instead"),
         ("pretrain", {"precision": "float8"}, "`pretrain.precision` is 'float8'"),
+        ("pretrain", {"batch_tokens": 10**18}, "`pretrain.batch_tokens` is 1000000000000000000"),
+        ("pretrain", {"seed": 10**26}, "`pretrain.seed` is 1"),
+        ("pretrain", {"clip_norm": float("inf")}, "`pretrain.clip_norm` is inf, but it must be a finite number"),
+        ("pretrain", {"mtp_weights": [float("nan"), 0.1]}, "`pretrain.mtp_weights.0` is nan"),
+        ("pretrain", {"model": {"preset": ["demo"]}}, "no preset is called ['demo']"),
+        ("pretrain", {"model": {"preset": "demo", "rope_parameters": {"main": 3}}}, "rope_parameters['main'] is 3"),
+        ("evaluate", {"temperature": float("inf")}, "`evaluate.temperature` is inf"),
         ("encode", {"vocab_size": 10}, "`encode.vocab_size` is 10"),
         ("evaluate", {"sequence_length": 10**6}, "`evaluate.sequence_length` (1000000) must not exceed"),
         ("agreement", {"lengths": [8, 4093]}, "`agreement.lengths` (4093), with 4 tokens that the server adds"),
@@ -98,3 +110,34 @@ def test_presets_load_and_demo_is_the_default() -> None:
     for path in presets.glob("*.yaml"):
         load_params(path)
     assert load_params(presets / "demo.yaml") == load_params(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("learning_rate=[1", "'[1' is not valid YAML"),
+        ("steps=*a", "'*a' is not valid YAML"),
+        ("steps=!!x", "'!!x' is not valid YAML"),
+        ("finetune=3", "finetune is a section of params.yaml; name a key of it, as in finetune.KEY=VALUE."),
+        ("pretrain=", "pretrain is a section of params.yaml"),
+        ("steps", "--set takes key=value, not 'steps'"),
+    ],
+)
+def test_settings_that_are_none(word: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        overrides.of_words("finetune", [word])
+
+
+def test_check_foretells_the_tokens_of_a_training(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    work.check()
+    train = load_params().pretrain
+    fields = {name: getattr(train, name) for name in TrainConfig.__dataclass_fields__ if hasattr(train, name)}
+    tokens = sum(TrainConfig(**fields).rows(step)[1] for step in range(train.steps)) * train.sequence_length
+    assert f"pretraining will read {tokens:,} tokens in {train.steps} steps" in capsys.readouterr().out
+
+
+def test_a_model_larger_than_the_machine_is_refused() -> None:
+    require_memory(ModelConfig.preset("demo"))
+    with pytest.raises(UserError, match=r"has 68\d billion weights, 2,5\d\d GiB in fp32, and this machine has"):
+        require_memory(ModelConfig.preset("v3-671b"))
