@@ -5,10 +5,11 @@ whose steps gives a row its next tokens. A model with multi-token prediction spe
 ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
 arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
 
-What a row gets does not depend on its neighbours, to the last bit on a CPU, and each row draws from a generator of its
-own. Where there are kernels for it, a pass takes every token on its own (`MoETransformer.decodes`): then drafts change
-no bit either. Elsewhere the tokens of a pass are filled up to where products and elementary functions round alike for
-every number of them (`tokens_of_a_pass`), and sums over the past are taken in parts of fixed size.
+What a row gets does not depend on its neighbours, and each row draws from a generator of its own. Where there are
+kernels for it, a pass takes every token on its own (`MoETransformer.decodes`): then neither neighbours nor drafts
+change a bit. Elsewhere the tokens of a pass are filled up to where products and elementary functions round alike for
+every number of them (`tokens_of_a_pass`), and sums over the past are taken in parts of fixed size: the same bits on a
+CPU for the presets' sizes, the same but for rounding for odd ones.
 
 Shapes: B rows (real ones, then copies of the first where they are filled up), R rows of a reading, S tokens, C tokens
 of a chunk, D hidden size, V vocabulary.
@@ -245,7 +246,7 @@ class Batch:
         return tokens
 
     def _may_stop_drafting(self) -> bool:
-        """Whether no bit of a row depends on it, which nobody promises but on a CPU."""
+        """Whether that changes no bit of a row; on other devices than a CPU the same bits are not promised."""
         return self.net.decodes(2) or self.cache.lengths_B.device.type != "cpu"
 
     def _settle(self, state: Tensor, tokens: list[list[int]]) -> None:
