@@ -1,4 +1,4 @@
-"""The only file that talks to MLflow: runs of stages, their parent run, artifacts, and the way to the UI.
+"""The only file that imports MLflow: runs of stages, their parent run, artifacts, and the way to the UI.
 
 By default runs live in .mlflow/mlflow.db at the repository's root; MLFLOW_TRACKING_URI names any server instead.
 A tracking server that is down does not stop a training: what it should have heard is kept in .mlflow/pending, and
