@@ -222,6 +222,13 @@ def _take(found: Snapshot, event: dict[str, Any]) -> None:
             found.points.append(event)
 
 
+def busy(running: Snapshot) -> str:
+    """The sentence for a person who wants to start what runs in the workspace."""
+    since = time.strftime("%H:%M", time.localtime(running.started))
+    who = f"process {processes.pid(running.process)}, since {since}"
+    return f"{running.label} runs here already ({who}); `shovel watch` shows it."
+
+
 def snapshots(where: str) -> list[Snapshot]:
     """All of a place, the one that was last heard of at the end."""
     found = [read(file) for file in (home() / where / "progress").glob("*.jsonl")]

@@ -106,7 +106,7 @@ def advice(error: BaseException) -> tuple[str, int] | None:
         case UserError():
             return str(error), 2
         case KeyboardInterrupt():
-            return "interrupted; the previous output is unchanged.", 130
+            return f"interrupted; the previous output is unchanged{f', {error}' if str(error) else ''}.", 130
         case _ if _disk_is_full(error):
             where = getattr(error, "filename", None) or Path.cwd()
             return f"the disk is full ({where}); free some space and run again, the previous output is unchanged.", 2
@@ -264,5 +264,7 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
             if _interrupted.is_set():
                 raise KeyboardInterrupt
             bars.update(task, advance=amount, **({"text": text} if text else {}))
+            if figures.get("replayed"):  # took no time, so it tells nothing of the time left
+                bars.reset(task, completed=bars.tasks[0].completed)
 
         yield advance

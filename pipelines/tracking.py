@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
+PIPELINES = {"dvc", "pipelines.commands.dvc", "pipelines.workbench.trials"}  # programs that run stages
 PENDING = "pending-"  # begins the id of a run that no server knows yet
 NOTE = """### How to decide whether a model goes live
 1. *Model registry* (left), the version with the alias `challenger`: its description says how good it is, what it was
@@ -259,7 +260,7 @@ def _parent(client: MlflowClient, experiment: str) -> str | None:
 
 def _pipeline_process() -> Process | None:
     """The nearest ancestor that runs stages: a `dvc` command, or a run in a folder of its own."""
-    return processes.ancestor(lambda words: "dvc" in words or "pipelines.workbench.trials" in words)
+    return processes.ancestor(lambda words: bool(PIPELINES & set(words)))
 
 
 def reap(client: MlflowClient) -> int:

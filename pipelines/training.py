@@ -70,7 +70,7 @@ def fit(
         run.artifact(page)
     fields = {name: getattr(params, name) for name in TrainConfig.__dataclass_fields__ if hasattr(params, name)}
     config = TrainConfig(**fields)
-    behind = int(resumed.name.rpartition("-")[2]) if resumed else 0
+    behind = _step(resumed) if resumed else 0
     with progress(stage, config.steps) as advance, Meter(device.type) as meter:
 
         def report(step: int, record: Record) -> None:
@@ -87,9 +87,17 @@ def fit(
             if (reason := devices.failure(error)) is None:
                 raise
             raise UserError(_after_failure(stage, reason, device, store)) from error
+        except KeyboardInterrupt:
+            if (path := store.latest_path()) is None:
+                raise
+            raise KeyboardInterrupt(f"the same command continues from step {_step(path)}") from None
     _write_curve(curve, [_shown(record, device) for record in history])
     run.when_finished(store.clear)
     return _metrics(net.config, config, history, device, meter.watts()) | {"audit": _audit(run)}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _audit(run: Run) -> dict[str, Any] | None:

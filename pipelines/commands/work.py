@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +23,8 @@ from pipelines.commands import PARAMS, PRESETS, RELEASE, REPORTS, SOURCES, compl
 from pipelines.commands.runs import try_out
 
 NOTHING_TO_DO_S = 2.0  # in which `dvc repro` ends then
+INTERRUPTED = 130  # exit code
+BUSY = re.compile("being blocked by|Unable to acquire lock")  # DVC, when another of its processes works here
 
 
 def check() -> None:
@@ -170,22 +174,50 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of
     show(found)
 
 
-def _dvc() -> list[str]:
-    return [sys.executable, "-m", "dvc"]
-
-
 def _repro(stages: list[str]) -> None:
     """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
     from pipelines import tracking
 
-    start = time.monotonic()
+    _require_idle(stages)
+    start = time.time()
     threading.Thread(target=tracking.load, daemon=True).start()  # what comes next needs it, and DVC is another process
-    with nullcontext() if stages else _examined_meanwhile():
-        code = _wait(subprocess.Popen([*_dvc(), "repro", *stages], stdout=subprocess.DEVNULL))
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        words = [sys.executable, "-m", "pipelines.commands.dvc", str(file.fileno()), "repro", *stages]
+        with nullcontext() if stages else _examined_meanwhile():
+            code = _wait(subprocess.Popen(words, stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]))
+        file.seek(0)
+        said = file.read()
     if code:
-        typer.echo(f"dvc repro  stopped after {time.monotonic() - start:.0f} s; mend what is named above", err=True)
-        raise typer.Exit(2 if code == 255 else abs(code))
-    typer.echo(f"dvc repro  up to date after {time.monotonic() - start:.0f} s", err=True)
+        _stop(start, code, said)
+    typer.echo(f"{said}dvc repro  up to date after {time.time() - start:.0f} s", err=True)
+
+
+def _require_idle(stages: list[str]) -> None:
+    """Raises `UserError` when one of these stages runs in the repository now; any, when none is named."""
+    from pipelines import live
+    from pipelines.params import UserError
+
+    labels = [stage.replace("@", "-") for stage in stages]
+    for one in live.snapshots(live.WORKSPACE):
+        if one.running and (not labels or one.label in labels):
+            raise UserError(live.busy(one))
+
+
+def _stop(start: float, code: int, said: str) -> NoReturn:
+    """End this command as `dvc repro` ended, which says this itself."""
+    from pipelines import live
+    from pipelines.params import UserError
+
+    if BUSY.search(said):
+        _require_idle([])
+        raise UserError("another `dvc` works in this repository; run again when it has ended.")
+    stopped = [one for one in live.snapshots(live.WORKSPACE) if one.updated >= start and one.status == live.INTERRUPTED]
+    if code == INTERRUPTED or stopped:
+        if not stopped:  # else the stage has said so
+            typer.echo("dvc repro  interrupted; the same command goes on", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"{said}dvc repro  stopped after {time.time() - start:.0f} s; mend what is named above", err=True)
+    raise typer.Exit(2 if code == 255 else abs(code))
 
 
 @contextmanager
@@ -220,12 +252,15 @@ def _examine(begun: list[subprocess.Popen[str]]) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Exit code; Ctrl-C reaches the whole group, and the child is given the time to put things back."""
+    """Exit code, `INTERRUPTED` if it failed after a Ctrl-C: that reaches the whole group, and the child is given the
+    time to put things back."""
+    interrupted = False
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return INTERRUPTED if code and interrupted else code
         except KeyboardInterrupt:
-            continue
+            interrupted = True
 
 
 def _summary(seconds: float) -> None:

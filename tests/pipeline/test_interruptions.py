@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from rich.progress import Progress
 
 from model.checkpoint import CheckpointStore, CheckpointWriter
 from model.train import take_step
@@ -141,6 +142,17 @@ def test_an_interrupt_that_a_callback_forgot_comes_again(monkeypatch: pytest.Mon
     assert ended.value.code == 130 and "pretrain: interrupted" in capsys.readouterr().err
 
 
+def test_replayed_steps_tell_nothing_of_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Progress] = []
+    monkeypatch.setattr(stage, "Progress", lambda *words, **more: made.append(Progress(*words, **more)) or made[0])
+    with stage.progress("pretrain", 4) as advance:
+        for step in range(3):
+            advance(step=step, replayed=step < 2)
+            assert made[0].tasks[0].completed == step + 1 and made[0].tasks[0].speed is None
+        advance(step=3, replayed=False)
+        assert made[0].tasks[0].speed is not None
+
+
 def test_ctrl_c_puts_the_previous_output_back(longer) -> None:
     project, _ = longer
     project.run("dvc", "commit", "--force", "pretrain")
@@ -150,8 +162,9 @@ def test_ctrl_c_puts_the_previous_output_back(longer) -> None:
     wait_for_step(project, process, 3)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate()[0]
-    assert process.returncode == 2 and "pretrain: interrupted; the previous output is unchanged." in output
-    assert "Traceback" not in output
+    told = "pretrain: interrupted; the previous output is unchanged, the same command continues from step "
+    assert process.returncode == 130 and output.splitlines()[-1].startswith(told)
+    assert not [word for word in ("Traceback", "ERROR", "mend") if word in output]
     assert project.digests("data/models/base", "reports") == before
     killed = client_of(project).search_runs(["1"], "tags.stage = 'pretrain' and attributes.status = 'KILLED'")
     assert len(killed) == 1 and killed[0].data.params["seed"] == "5"

@@ -1,9 +1,11 @@
 """`shovel status` in the states of a repository, and what the command line promises: exit codes, speed, completion."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 import typer
 from typer.main import get_command
 
-from pipelines import cli
-from pipelines.commands import complete
+from pipelines import cli, live, processes
+from pipelines.commands import complete, work
+from pipelines.params import UserError
 
 ROOT = Path(__file__).parents[2]
 Shovel = Callable[..., tuple[int, str, str]]
@@ -104,6 +107,23 @@ def test_every_command_has_help_and_those_of_the_daily_work_an_example() -> None
     assert all(helps.values())
     for name in ("status", "run", "use", "runs", "watch", "keep", "compare", "propose", "review", "chat", "generate"):
         assert re.search(rf"Examples?: shovel {name}", helps[name]), name
+
+
+def test_what_runs_here_already_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    progress = live.Progress(live.file_of(live.WORKSPACE, "evaluate-chat"))
+    progress.tell(stage="evaluate-chat", process=processes.identity(), status=live.RUNNING)
+    sentence = rf"^evaluate-chat runs here already \(process {os.getpid()}, since \d\d:\d\d\); `shovel watch` shows it"
+    for stages in ([], ["evaluate@chat"]):
+        with pytest.raises(UserError, match=sentence):
+            work._repro(stages)
+    work._require_idle(["clean"])
+    locked = "ERROR: 'data/models/base' is busy, it is being blocked by:\n  (PID 1): dvc repro"
+    with pytest.raises(UserError, match=sentence):
+        work._stop(time.time(), 255, locked)
+    progress.tell(status=live.FINISHED)
+    with pytest.raises(UserError, match="another `dvc` works in this repository"):
+        work._stop(time.time(), 255, locked)
 
 
 def test_the_shell_completes_presets_stages_and_runs(here, shovel: Shovel) -> None:

@@ -1,0 +1,14 @@
+"""`dvc` as `shovel run` starts it: what it says itself goes to a file descriptor, the terminal is for the stages.
+
+python -m pipelines.commands.dvc FD repro ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":
+    sys.stderr = open(int(sys.argv[1]), "w", encoding="utf-8")  # noqa: PTH123, SIM115  its loggers write to it
+    from dvc.cli import main
+
+    sys.exit(main(sys.argv[2:]))
