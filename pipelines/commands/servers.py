@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pipelines.deployment.deploy import Model, Target
     from pipelines.deployment.engines import Command
 
+WIDE = 1000  # characters of a line that is not for a terminal
 Name = Annotated[str | None, typer.Argument(help="models:/NAME@alias; the champion of this repository without one")]
 Port = Annotated[int | None, typer.Option(help="params.yaml's when none is named")]
 Host = Annotated[str, typer.Option(help="other than this machine's own needs --tokens")]
@@ -103,7 +105,7 @@ def usage(
         cells = {**row, "cost": f"{row['cost']:.6f} {row.pop('currency')}"}
         cells.pop("currency")
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def _start(where: Target, host: str, port: int, engine: EngineName, tokens: Path | None) -> None:

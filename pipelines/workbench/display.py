@@ -12,6 +12,8 @@ from pipelines import live
 from pipelines.workbench import overrides
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from pipelines.workbench.runs import Run
 
 COLOURS = {live.FINISHED: "#2e7d32", live.FAILED: "#b3261e", live.KILLED: "#b3261e", live.INTERRUPTED: "#a15c00"}
@@ -67,25 +69,40 @@ def _in_terminal(run: Run) -> None:
         run.wait()
         console.print(line(run), markup=False, soft_wrap=True)
         return
-    with Live(line(run), console=console, refresh_per_second=4) as screen:
+    with Live(_fitted(run, console.width), console=console, refresh_per_second=4) as screen:
         while run.running or run.status == "created":
             time.sleep(0.25)
-            screen.update(line(run))
-        screen.update(line(run))
+            screen.update(_fitted(run, console.width))
+        screen.update(_fitted(run, console.width))
 
 
-def line(run: Run) -> str:
-    """`pretrain-1  running  pretrain  ━━━╌╌╌╌╌╌╌╌╌  ▇▆▅▄▃  40 of 180  loss 5.31  1,900 tokens/s  2 min left`"""
+def _fitted(run: Run, width: int) -> Text:
+    from rich.text import Text
+
+    return Text(line(run, width), no_wrap=True, overflow="ellipsis")
+
+
+def line(run: Run, width: int | None = None) -> str:
+    """`pretrain-1  running  pretrain  ━━━╌╌╌╌╌╌╌╌╌  ▇▆▅▄▃  40 of 180  loss 5.31  1,900 tokens/s  2 min left`
+
+    width: characters that there are; curve, bar, speed and stage, in this order, stay away where they do not fit.
+    """
     last = run.progress
-    parts = [f"{run.id}  {run.status}"]
+    parts, spare = [f"{run.id}  {run.status}"], []
     if last:
         losses = [point["loss"] for point in last.points if "loss" in point]
         done = round(BAR * min(1.0, last.done / last.total)) if last.total else 0
         bar = "━" * done + "╌" * (BAR - done) if last.running else ""
-        parts += [last.label, bar, sparkline(losses) if losses else "", *_facts(run, last)]
+        curve, facts = sparkline(losses) if losses else "", _facts(run, last)
+        spare = [curve, bar, *(fact for fact in facts if fact.endswith("tokens/s")), last.label]
+        parts += [last.label, bar, curve, *facts]
     if run.message and run.status not in (live.STARTING, live.RUNNING, live.FINISHED):
         parts.append(run.message)
-    return "  ".join(part for part in parts if part)
+    parts = [part for part in parts if part]
+    for part in (part for part in spare if part):
+        if width is not None and len("  ".join(parts)) > width:
+            parts.remove(part)
+    return "  ".join(parts)
 
 
 def _facts(run: Run, last: live.Snapshot) -> list[str]:

@@ -62,7 +62,9 @@ def follow(run: Run) -> Run:
 
 
 def look(run: Run) -> Run:
-    """Show a run that may be somebody else's; an interrupt ends only the showing."""
+    """Show a run that may be somebody else's; an interrupt ends only the showing. Raises `UserError`."""
+    if run.id == live.WORKSPACE and run.status == "created":
+        raise UserError("nothing has run here yet; `shovel run` starts the stages.")
     with suppress(KeyboardInterrupt):
         display.watch(run)
     return run
@@ -72,7 +74,7 @@ def current() -> Run:
     """What runs now: in the repository, else the newest run with a folder of its own. Raises `UserError`."""
     running = [run for run in [Run(live.WORKSPACE), *all_runs.every()] if run.running]
     if not running:
-        raise UserError("nothing runs here now; project.runs() lists what ran.")
+        raise UserError("nothing runs here now; `shovel runs` lists what ran.")
     return running[0]
 
 

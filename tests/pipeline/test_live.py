@@ -1,6 +1,7 @@
 """Runs that go on without who started them, that are interrupted, watched from elsewhere, or start twice at once."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from pipelines import live, processes
+from pipelines import live, processes, stage
 from pipelines import project as surface
 from pipelines.commands.runs import try_out
 from pipelines.params import UserError
@@ -111,6 +113,31 @@ def test_mistakes_are_one_sentence(here) -> None:
     with pytest.raises(UserError, match=r"data/tokens, which pretrain reads, is missing; the stage encode makes it: p"):
         surface.run("pretrain", steps=3)
     (here.folder / "tokens").rename(here.folder / "data/tokens")
+
+
+def test_nothing_to_watch_is_said_and_the_line_fits_its_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nothing has run here yet; `shovel run` starts the stages"):
+        running.look(runs.Run(live.WORKSPACE))
+    with pytest.raises(UserError, match="nothing runs here now; `shovel runs` lists what ran"):
+        running.current()
+    progress = live.Progress(live.file_of(live.WORKSPACE, "pretrain"))
+    progress.tell(stage="pretrain", process=processes.identity(), status=live.RUNNING)
+    progress.begin("pretrain", 2000)
+    for step in range(1200):
+        progress.advance(1, {"step": step, "loss": 9 - step / 400, "tokens_per_s": 12345.0})
+    progress._settle()
+    progress._flush()
+    run = runs.Run(live.WORKSPACE)
+    assert "▁" in display.line(run) and "━" in display.line(run)
+    for width in (60, 80, 100):
+        told = display.line(run, width)
+        assert len(told) <= width and told.startswith("workspace  running  ") and "1,200 of 2,000" in told
+    assert "━" in display.line(run, 100) and display.line(run, 80).endswith(" left")
+    monkeypatch.setattr(stage, "console", Console(file=sys.stderr, force_terminal=True, width=80))
+    monkeypatch.setattr(runs.Run, "running", False)
+    running.look(run)
+    assert max(len(told) for told in re.sub(r"\x1b\[\S+?[a-z]", "", capsys.readouterr().err).splitlines()) <= 80
 
 
 def test_a_process_that_dies_before_it_speaks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,13 @@ def test_what_runs_here_already_is_one_sentence(tmp_path: Path, monkeypatch: pyt
         work._stop(time.time(), 255, locked)
 
 
+def test_a_pipe_gets_the_whole_table_of_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shovel: Shovel) -> None:
+    row = {"caller": "a" * 40, "model": "shovel-demo" * 9, "requests": 12345, "cost": 0.5, "currency": "EUR"}
+    monkeypatch.setattr("pipelines.serving.ledger.totals", lambda file, since: [dict(row)])
+    told = shovel("usage")[1].splitlines()
+    assert len(told) == 2 and told[1].split() == ["a" * 40, "shovel-demo" * 9, "12,345", "0.500000", "EUR"]
+
+
 def test_the_shell_completes_presets_stages_and_runs(here, shovel: Shovel) -> None:
     assert complete.presets("d") == ["demo"] and complete.stages("f") == ["fetch", "finetune"]
     (here.folder / ".runs/pretrain-1").mkdir(parents=True)
