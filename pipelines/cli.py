@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from pipelines.commands import machine, registry, runs, servers, talk, trust, work
 
@@ -23,10 +26,25 @@ EXITS = (
     "the sentence on the terminal tells how to mend; 130 interrupted."
 )
 HELP = "Raw text to a reviewed mixture-of-experts model. Start with `shovel status`: it says what to do next."
+ANYWHERE = "Machine"  # commands of this theme need no project
+
+
+class InProject(TyperCommand):
+    """A command that needs the project around it; its help does not."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Raises `UserError` outside of a project."""
+        if not Path("dvc.yaml").exists():
+            from pipelines.params import UserError
+
+            raise UserError("there is no dvc.yaml here; run from a folder of the repository.")
+        return super().invoke(ctx)
+
+
 app = typer.Typer(no_args_is_help=True, help=HELP, epilog=EXITS)
 for panel, commands in COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(rich_help_panel=panel, cls=None if panel == ANYWHERE else InProject)(command)
 
 
 def main() -> None:

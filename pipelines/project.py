@@ -112,6 +112,8 @@ def attach(run: Run | str = "workspace") -> Run:
     >>> run = project.attach("pretrain-1124-235501")
     >>> run.status, run.metrics, run.curve, run.log
     """
+    if not isinstance(run, Run | str) or run == "":
+        raise UserError(f"{run!r} is no run; name one of `shovel runs` by its id.")
     return run if isinstance(run, Run) else Run(run)
 
 

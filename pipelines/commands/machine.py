@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipelines.commands import REPORTS
 
 
+def _in_a_folder(file: Path | None) -> Path | None:
+    """An option's file; its folder has to be there."""
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"the folder {file.parent} does not exist; make it first.")
+    return file
+
+
+def _new_file(what: str) -> Any:
+    return typer.Option(help=what, dir_okay=False, callback=_in_a_folder)
+
+
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
-    output: Annotated[Path | None, typer.Option(help="write the JSON into this file as well")] = None,
+    output: Annotated[Path | None, _new_file("write the JSON into this file as well")] = None,
 ) -> None:
     """Is this machine ready? Ends with 1 when something fails, and says what to change."""
     from pipelines.machine.doctor import examine, show
@@ -24,7 +35,7 @@ def doctor(
 def audit(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a sentence")] = False,
     pid: Annotated[int | None, typer.Option(help="a process; this one, with torch, when none is given")] = None,
-    sbom: Annotated[Path | None, typer.Option(help="write a bill of materials (CycloneDX) into this file")] = None,
+    sbom: Annotated[Path | None, _new_file("write a bill of materials (CycloneDX) into this file")] = None,
 ) -> None:
     """Is an NVIDIA part loaded or installed? Ends with 1 when one is."""
     from pipelines.params import UserError
@@ -57,7 +68,10 @@ def passport() -> None:
     file = environment.passport_file(device)
     if environment.passport(device) == environment.NO_PASSPORT:
         raise UserError(f"no passport could be made of {devices.name(device)}; the error above says why.")
-    for suffix in (".json", ".html"):
-        shutil.copyfile(file.with_suffix(suffix), REPORTS / f"passport{suffix}")
-    typer.echo(f"passport   {REPORTS / 'passport.html'}")
+    page = file.with_suffix(".html")
+    if REPORTS.is_dir():
+        for suffix in (".json", ".html"):
+            shutil.copyfile(file.with_suffix(suffix), REPORTS / f"passport{suffix}")
+        page = REPORTS / "passport.html"
+    typer.echo(f"passport   {page}")
     raise typer.Exit(int(not stage.read_json(file, made_by="passport")["passed"]))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WIDE = 1000  # characters of a line that is not for a terminal
 Name = Annotated[str | None, typer.Argument(help="models:/NAME@alias; the champion of this repository without one")]
-Port = Annotated[int | None, typer.Option(help="params.yaml's when none is named")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="params.yaml's when none is named")]
 Host = Annotated[str, typer.Option(help="other than this machine's own needs --tokens")]
 Tokens = Annotated[Path | None, typer.Option(help="file with a line NAME TOKEN for each caller, mode 0600")]
 
@@ -36,7 +36,7 @@ Kind = Annotated[
 ]
 
 
-def ui(port: int = 5000) -> None:
+def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
     """The MLflow server on 127.0.0.1, one worker; prints the address of the training view."""
     from pipelines.deployment.endpoint import require_port
     from pipelines.tracking import ui_address, ui_command

@@ -10,7 +10,7 @@ import typer
 Which = Annotated[str, typer.Option("--model", help="champion, a version, base, chat, a run, or a folder")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="at most so many tokens")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
-Seed = Annotated[int, typer.Option(min=0, help="the same seed writes the same")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed writes the same")]
 
 
 def chat(

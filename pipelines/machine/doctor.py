@@ -69,7 +69,7 @@ def examine(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> l
         lines += [driver(cards, smi), chips(cards, smi), firmware(cards), cann(cards, environment)]
     lines += [torch_npu(cards or bool(stand_in and npu), installed("torch"), npu, cann_version(environment))]
     lines += [triton(cards), *settings(cards, environment), memory(), files(), disk(root), clock(root), git(root)]
-    return [*lines, dvc(root)]
+    return [*lines, dvc(Path.cwd())]
 
 
 def python() -> Line:
@@ -276,8 +276,10 @@ def git(root: Path) -> Line:
     return Line("git", OK if inside else FAIL, found.removeprefix("git version ") if inside else "no commit here", mend)
 
 
-def dvc(root: Path) -> Line:
-    good = (root / ".dvc").is_dir() and (root / "dvc.yaml").is_file()
+def dvc(here: Path) -> Line:
+    if not (here / "dvc.yaml").is_file():
+        return Line("project", WARN, "none in this folder", "cd REPOSITORY   # most commands need it")
+    good = (here / ".dvc").is_dir()
     return Line(
         "project", OK if good else FAIL, "dvc.yaml and .dvc" if good else "no DVC project", "" if good else "dvc init"
     )

@@ -17,6 +17,7 @@ from model.score import score
 from pipelines import models
 from pipelines.encode import ASSISTANT, BOS, EOS, load_encoder
 from pipelines.finetune import mark_assistant
+from pipelines.params import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ class Model:
     ) -> str:
         """What the model writes after `text`. temperature 0 is greedy; the same seed writes the same.
 
-        Raises `ValueError` for an impossible temperature, top_p or length.
+        Raises `UserError` for an impossible temperature, top_p, seed or length.
         """
         return self._write([BOS, *self.encoder.encode_ordinary(text)], max_new_tokens, temperature, top_p, seed)
 
@@ -54,14 +55,27 @@ class Model:
         top_p: float = 0.9,
         seed: int = 0,
     ) -> str:
-        """The assistant's answer to a question, or to a dialogue: [{"role": "user", "content": "Hello"}, ...]."""
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        """The assistant's answer to a question, or to a dialogue: [{"role": "user", "content": "Hello"}, ...].
+
+        Raises `UserError` for what `generate` does, and for a message that is not like this.
+        """
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        for turn in turns:
+            if not _is_message(turn):
+                raise UserError(
+                    f"{turn!r} is no message; write {{'role': 'user', 'content': 'Hello'}}, the role user or assistant."
+                )
         ids = [*mark_assistant(turns, self.encoder)[0].tolist(), ASSISTANT]
         return self._write(ids, max_new_tokens, temperature, top_p, seed)
 
     def _write(self, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed is {seed}; choose one from 0 to 2**63 - 1.")
         start = torch.tensor([ids], device=devices.default())
-        out = generate(self.net, start, max_new_tokens, temperature, top_p, seed, eos_token_id=EOS)
+        try:
+            out = generate(self.net, start, max_new_tokens, temperature, top_p, seed, eos_token_id=EOS)
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
         return self.encoder.decode([token for token in out[0, len(ids) :].tolist() if token != EOS])
 
     def score(self, texts: str | Sequence[str]) -> pd.DataFrame:
@@ -98,6 +112,12 @@ class Model:
     def __repr__(self) -> str:
         weights, _ = count_parameters(self.net.config)
         return f"<model {self.folder}: {weights / 1e6:.1f} M weights on {devices.name(devices.default())}>"
+
+
+def _is_message(turn: object) -> bool:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+        return False
+    return turn.get("role") in ("user", "assistant")
 
 
 class Routing:

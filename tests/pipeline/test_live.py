@@ -103,6 +103,7 @@ def test_mistakes_are_one_sentence(here) -> None:
         "nothing runs here now": lambda: surface.watch(),
         "--set takes one stage; name only the last, b": lambda: try_out(["a", "b"], ["steps=1"], False),
         "the workspace is kept already": lambda: surface.keep("workspace"),
+        "None is no run; name one of `shovel runs` by its id": lambda: surface.keep(None),
     }
     for sentence, mistake in cases.items():
         with pytest.raises(UserError) as caught:

@@ -158,5 +158,11 @@ def test_a_model_writes_scores_and_shows_its_experts_as_transformers_computes_th
         assert rows.tolist() == [set(row) for row in indices.view(ids.shape[1], -1).tolist()]
     assert len(ours.chat("What is 1 plus 2?", max_new_tokens=4)) > 0
     assert ours.generate("def", 4, temperature=0) == ours.generate("def", 4, temperature=0)
+    for name, value in (("temperature", -1), ("temperature", np.inf), ("max_new_tokens", -1), ("seed", 2**70)):
+        with pytest.raises(UserError, match=rf"{name}.*\.$"):
+            ours.generate("def", **{name: value})
+    for message in ({"role": "user"}, {"role": "foo", "content": "Hello"}, {"content": "Hello"}, "Hello", {}):
+        with pytest.raises(UserError, match="is no message; write .*, the role user or assistant"):
+            ours.chat([message])
     with pytest.raises(UserError, match="names no model"):
         surface.model("nothing")

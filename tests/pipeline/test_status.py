@@ -133,6 +133,41 @@ def test_a_pipe_gets_the_whole_table_of_usage(tmp_path: Path, monkeypatch: pytes
     assert len(told) == 2 and told[1].split() == ["a" * 40, "shovel-demo" * 9, "12,345", "0.500000", "EUR"]
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("ui --port 99999", "65535"),
+        ("serve --port -5", "'--port'"),
+        ("serve --port 0", "'--port'"),
+        ("generate hi --seed 99999999999999999999999", "'--seed'"),
+        ("doctor --output /", "is a directory"),
+        ("doctor --output /nowhere/doctor.json", "the folder /nowhere does not exist"),
+        ("audit --sbom /nowhere/sbom.json", "the folder /nowhere does not exist"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_sentence(shovel: Shovel, words: str, sentence: str) -> None:
+    code, _, said = shovel(*words.split())
+    assert code == 2 and sentence in said and not Path("/nowhere").exists()
+
+
+WORDS = {"use": "demo", "compare": "champion", "keep": "x", "chat": "hi", "generate": "hi"}
+
+
+def test_outside_of_a_project_all_say_the_same_and_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shovel: Shovel
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sentence = "shovel: there is no dvc.yaml here; run from a folder of the repository.\n"
+    for theme, commands in cli.COMMANDS.items():
+        for name in (command.__name__ for command in commands if theme != cli.ANYWHERE):
+            code, _, said = shovel(name, *WORDS.get(name, "").split())
+            assert (code, said) == (2, sentence), name
+    assert shovel("chat", "--help")[0] == 0
+    project = next(line for line in json.loads(shovel("doctor", "--json")[1]) if line["part"] == "project")
+    assert (project["state"], project["found"]) == ("warn", "none in this folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_shell_completes_presets_stages_and_runs(here, shovel: Shovel) -> None:
     assert complete.presets("d") == ["demo"] and complete.stages("f") == ["fetch", "finetune"]
     (here.folder / ".runs/pretrain-1").mkdir(parents=True)
