@@ -21,7 +21,7 @@ def of_path(path: Path) -> dict[str, str]:
 def of_files(folder: Path) -> dict[str, str]:
     """sha256 of every file, by name; raises `UserError` when the folder is not there."""
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is missing; `dvc repro` makes it, `dvc pull` fetches it.")
+        raise UserError(f"{folder} is missing; `shovel run` makes it, `dvc pull` fetches it.")
     return of_path(folder)
 
 

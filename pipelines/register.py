@@ -133,9 +133,17 @@ def find(
     else:
         found = next((known for known in versions(client, name) if int(known.version) == version), None)
     if found is None:
-        what = f"no version {version}" if version else f"no {' and no '.join(aliases)}"
-        raise UserError(f"{name} has {what}; `shovel register` makes a version.")
+        what = f"no version {version}" if version is not None else f"no {' and no '.join(aliases)}"
+        raise UserError(f"{name} has {what}; {_what_there_is(client, name)}.")
     return found
+
+
+def _what_there_is(client: MlflowClient, name: str) -> str:
+    """The versions, or the command that makes the first."""
+    if known := ", ".join(str(version.version) for version in reversed(versions(client, name))):
+        return f"there are: {known}"
+    made = (RELEASE / "config.json").exists()
+    return "`shovel propose` makes the first version" if made else "`shovel demo` makes a model and promotes it"
 
 
 def number(client: MlflowClient, name: str, alias: str) -> int | None:

@@ -86,8 +86,13 @@ def keep(run: RunId) -> None:
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="a run, `workspace`, a revision, an experiment, a version or its alias")],
-    b: Annotated[str, typer.Argument(help="the other one")] = "workspace",
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="a run, `workspace`, a revision, an experiment, a version or its alias", autocompletion=complete.states
+        ),
+    ],
+    b: Annotated[str, typer.Argument(help="the other one", autocompletion=complete.states)] = "workspace",
     as_json: Json = False,
 ) -> None:
     """Two states side by side: parameters and figures that differ, and the data.

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from pipelines.deployment.engines import Command
 
 WIDE = 1000  # characters of a line that is not for a terminal
-Name = Annotated[str | None, typer.Argument(help="models:/NAME@alias; the champion of this repository without one")]
+Name = Annotated[
+    str | None,
+    typer.Argument(help="models:/NAME@alias, or an alias of this repository's model; its champion without one"),
+]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="params.yaml's when none is named")]
 Host = Annotated[str, typer.Option(help="other than this machine's own needs --tokens")]
 Tokens = Annotated[Path | None, typer.Option(help="file with a line NAME TOKEN for each caller, mode 0600")]
@@ -55,10 +58,13 @@ def serve(
     tokens: Tokens = None,
 ) -> None:
     """Serve a model in the foreground and follow its alias; Ctrl-C ends it."""
+    from pipelines import tracking
     from pipelines.deployment import endpoint
+    from pipelines.deployment.deploy import behind
 
     where, port = _where(model, port)
     (command, environment, name), checked = _command(where, host, port, engine, tokens)
+    behind(tracking.connect(), where)  # before anybody is invited
     endpoint.claim(where, engine, host, port, checked)
     typer.echo(_invitation(name, endpoint.url(host, port), tokens))
     os.execvpe(command[0], command, environment)

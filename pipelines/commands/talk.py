@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-Which = Annotated[str, typer.Option("--model", help="champion, a version, base, chat, a run, or a folder")]
+from pipelines.commands import complete
+
+Which = Annotated[
+    str,
+    typer.Option("--model", help="champion, a version, base, chat, a run, or a folder", autocompletion=complete.models),
+]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="at most so many tokens")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed writes the same")]

@@ -88,6 +88,7 @@ def run(
         from pipelines.params import UserError
 
         raise UserError("--keep goes with --set; without --set the results are in place anyway.")
+    _require_known(stages or [])
     check()
     _repro(stages or [])
     link()
@@ -192,6 +193,16 @@ def _repro(stages: list[str]) -> None:
     typer.echo(f"{said}dvc repro  up to date after {time.time() - start:.0f} s", err=True)
 
 
+def _require_known(stages: list[str]) -> None:
+    """Raises `UserError` for what is no stage."""
+    from pipelines.params import UserError
+
+    known = complete.stages("")
+    for word in stages:
+        if word not in known:
+            raise UserError(f"no stage is called {word!r}; choose one of {', '.join(known)}.")
+
+
 def _require_idle(stages: list[str]) -> None:
     """Raises `UserError` when one of these stages runs in the repository now; any, when none is named."""
     from pipelines import live
@@ -199,7 +210,7 @@ def _require_idle(stages: list[str]) -> None:
 
     labels = [stage.replace("@", "-") for stage in stages]
     for one in live.snapshots(live.WORKSPACE):
-        if one.running and (not labels or one.label in labels):
+        if one.running and (not labels or one.label in labels or one.label.partition("-")[0] in labels):
             raise UserError(live.busy(one))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import digests, gates, repository, stage, tracking
 from pipelines.params import Params, UserError
-from pipelines.register import CHAMPION, PREVIOUS, RELEASE, REPORTS, bits_of
+from pipelines.register import CHALLENGER, CHAMPION, PREVIOUS, RELEASE, REPORTS, bits_of
 from pipelines.trust import evidence, verify
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class Model:
 
 
 def target(text: str | None, name: str) -> Target:
-    """`models:/NAME@alias` or `NAME@alias`; without an alias, or without anything, the champion of the model `name`."""
+    """`models:/NAME@alias`, `NAME@alias` or `NAME`, whose champion it is; an alias alone is of the model `name`."""
+    if text in (CHAMPION, CHALLENGER, PREVIOUS):
+        return Target(name, text)
     found, _, alias = (text or name).removeprefix("models:/").partition("@")
     if not found or "/" in found or "/" in alias:
         raise UserError(f"{text!r} names no alias; write models:/{name}@{CHAMPION}.")
@@ -58,9 +60,7 @@ def target(text: str | None, name: str) -> Target:
 
 def prepare(client: MlflowClient, where: Target, params: Params) -> Model:
     """The version behind the alias, checked, and a copy of its bytes. Raises `UserError` that names what fails."""
-    version = tracking.version_behind(client, where.name, where.alias)
-    if version is None:
-        raise UserError(f"{where.name} has no {where.alias}; `shovel status` shows what there is.")
+    version = behind(client, where)
     with tempfile.TemporaryDirectory(dir=_home()) as scratch:
         source = _bytes(version, Path(scratch) / "release")
         checks = verify.verify(client, version, source, REPORTS, promoted=where.alias == CHAMPION)
@@ -70,6 +70,14 @@ def prepare(client: MlflowClient, where: Target, params: Params) -> Model:
         model = Model(version, _copy(source, version.tags["digest"]))
     _sweep(client, where.name, model.folder)
     return model
+
+
+def behind(client: MlflowClient, where: Target) -> ModelVersion:
+    """The version to be served, not checked yet; raises `UserError` when the alias names none."""
+    version = tracking.version_behind(client, where.name, where.alias)
+    if version is None:
+        raise UserError(f"{where.name} has no {where.alias}; `shovel status` shows what there is.")
+    return version
 
 
 def _home() -> Path:

@@ -30,6 +30,8 @@ def model(which: Run | str | int | Path) -> Model:
         params = load_params()
         return Model(_of_version(register.version(params.register_, word)), "export")
     if Path(word).is_dir():
+        if not (Path(word) / "config.json").exists():
+            raise UserError(f"{word} holds no model: it has no config.json; name a folder like {MODELS / 'base'}.")
         return Model(Path(word), "pretrain")
     if (live.home() / word / "run.json").exists():
         return _of_run(Run(word))

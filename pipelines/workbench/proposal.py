@@ -105,9 +105,12 @@ def review(params: Params, which: int | str | None) -> Review:
 
     known = register.status(params.register_)
     if which is None and not known:
+        page = REPORTS / "review.html"
+        if not page.exists():
+            raise UserError(f"{params.register_.name} has no version yet; `shovel demo` makes a model and promotes it.")
         raise UserError(
             f"{params.register_.name} has no version yet, `shovel propose` makes one; the page of the last model is "
-            f"{REPORTS / 'review.html'}."
+            f"{page}."
         )
     found = register.version(params.register_, which or next(a for a in _ORDER if a in known))
     about = _described(params, found)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from shared_server import free_port
 from typer.main import get_command
 
 from pipelines import cli, live, processes
@@ -86,11 +87,22 @@ def test_exit_codes_are_those_that_the_help_names(
     code, said, _ = shovel("--help")
     assert code == 0 and cli.EXITS in " ".join(said.split())
     assert shovel("status")[0] == 0
-    for words in ("run train --set a=1", "keep nothing", "use moon", "run --keep", "compare x", "chat", "watch"):
+    for words in (
+        "run train --set a=1",
+        "run train",
+        "keep nothing",
+        "use moon",
+        "run --keep",
+        "compare x",
+        "chat",
+        "watch",
+    ):
         code, _, said = shovel(*words.split())
         assert code == 2 and re.search(r"^shovel: .*[.;]$", said, re.MULTILINE), said
         assert "Traceback" not in said
     assert shovel("nonsense")[0] == 2
+    code, invited, said = shovel("serve", "champion", "--port", str(free_port()))
+    assert code == 2 and not invited and "shovel-demo has no champion; `shovel status` shows" in said
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -114,7 +126,7 @@ def test_what_runs_here_already_is_one_sentence(tmp_path: Path, monkeypatch: pyt
     progress = live.Progress(live.file_of(live.WORKSPACE, "evaluate-chat"))
     progress.tell(stage="evaluate-chat", process=processes.identity(), status=live.RUNNING)
     sentence = rf"^evaluate-chat runs here already \(process {os.getpid()}, since \d\d:\d\d\); `shovel watch` shows it"
-    for stages in ([], ["evaluate@chat"]):
+    for stages in ([], ["evaluate@chat"], ["evaluate"]):
         with pytest.raises(UserError, match=sentence):
             work._repro(stages)
     work._require_idle(["clean"])
@@ -170,9 +182,12 @@ def test_outside_of_a_project_all_say_the_same_and_write_nothing(
 
 def test_the_shell_completes_presets_stages_and_runs(here, shovel: Shovel) -> None:
     assert complete.presets("d") == ["demo"] and complete.stages("f") == ["fetch", "finetune"]
+    assert complete.stages("ev") == ["evaluate", "evaluate@base", "evaluate@chat"]
     (here.folder / ".runs/pretrain-1").mkdir(parents=True)
     (here.folder / ".runs/pretrain-1/run.json").write_text("{}")
     assert complete.runs("pre") == ["pretrain-1"]
+    assert complete.states("p") == complete.models("p") == ["previous", "pretrain-1"]
+    assert complete.states("w") == ["workspace"] and complete.models("ch") == ["champion", "challenger", "chat"]
     command = get_command(cli.app)
     parameter = next(p for p in command.commands["use"].params if p.name == "preset")
     assert [item.value for item in parameter.shell_complete(typer.Context(command), "la")] == ["laptop"]

@@ -19,7 +19,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines import locks, processes, register, repository, tracking
+from pipelines.deployment import deploy
 from pipelines.params import UserError
+from pipelines.workbench import choosing, proposal
 
 STAGE = """
 import sys, time
@@ -210,6 +212,33 @@ def test_a_server_that_dies_between_two_aliases_loses_no_champion(registry, tmp_
     assert aliases(registry) == {"champion": 2, "previous": 2}
     assert register.rollback(SimpleNamespace(name=name), reports)["version"] == 1
     assert aliases(registry) == {"champion": 1, "previous": 2}
+
+
+def test_what_the_registry_has_not_got_is_answered_with_what_there_is(registry, monkeypatch) -> None:
+    params = SimpleNamespace(register_=SimpleNamespace(name="demo"))
+    for which in (99, "champion"):
+        with pytest.raises(UserError, match=rf"demo has no .*{which}; `shovel demo` makes a model and promotes it\."):
+            register.version(params.register_, which)
+    with pytest.raises(UserError, match="demo has no version yet; `shovel demo` makes a model"):
+        proposal.review(params, None)
+    with pytest.raises(UserError, match="demo has no champion; `shovel status` shows"):
+        deploy.behind(registry, deploy.target("champion", "demo"))
+    assert deploy.target("challenger", "demo") == deploy.target("demo@challenger", "other")
+    Path("data/models/release").mkdir(parents=True)
+    Path("data/models/release/config.json").write_text("{}")
+    with pytest.raises(UserError, match="demo has no champion; `shovel propose` makes the first version"):
+        register.version(params.register_, "champion")
+    registry.create_registered_model("demo")
+    for _ in range(2):
+        registry.create_model_version("demo", source="here")
+    for which in (99, 0, "champion"):
+        with pytest.raises(UserError, match=rf"demo has no .*{which}; there are: 1, 2\."):
+            register.version(params.register_, which)
+
+
+def test_a_folder_without_a_model_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no model: it has no config.json; name a folder like data/models/base"):
+        choosing.model(tmp_path)
 
 
 def aliases(client: MlflowClient) -> dict[str, int]:
