@@ -37,7 +37,8 @@ def _fetch_one(source: PypiSource | UrlSource | PathSource, packed: Path, cache:
     """Obtain one source, take the files that are wanted, and describe them."""
     place = source.obtain(cache, params)
     _warn_unwatched(source)
-    files = take(place, source.files, packed, params.max_unpacked_mib << 20)
+    ours = ["!/README.md"] if place.resolve() == OWN.resolve() else []  # that of the repository is nobody's text
+    files = take(place, [*source.files, *ours], packed, params.max_unpacked_mib << 20)
     if not files:
         raise UserError(f"source `{source.name}`: no file matches `files` {source.files}; correct the patterns.")
     with ZipFile(packed) as archive:

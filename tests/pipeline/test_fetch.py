@@ -214,6 +214,18 @@ def test_patterns_choose_and_the_common_folder_goes(tmp_path: Path) -> None:
         get(tmp_path, kind="path", path=str(path), files=["*.rst"])
 
 
+def test_the_page_of_the_own_folder_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "page.md", "more/README.md"):
+        (tmp_path / "data/own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/own" / name).write_text(name)
+    entry = GOOD | {"path": "data/own", "files": ["*.md"]}
+    Path("sources.yaml").write_text(json.dumps({"sources": [entry]}))
+    fetch(PARAMS, Path("sources.yaml"), tmp_path / "raw", tmp_path / "cache")
+    with zipfile.ZipFile(tmp_path / "raw" / f"{GOOD['name']}.zip") as packed:
+        assert packed.namelist() == ["more/README.md", "page.md"]
+
+
 def test_the_language_comes_from_the_path(tmp_path: Path) -> None:
     for name in ("locale/de/x.txt", "locale/german/y.txt"):
         (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
