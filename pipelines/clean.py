@@ -3,12 +3,13 @@
     python -m pipelines.clean           data/raw -> data/clean, data/chat
 
 data/clean/documents.parquet   text, source, path, language, licence, sha256, bytes, split (train | heldout)
-data/clean/profile.json        what was dropped and why, by source
+data/clean/profile.json        what was dropped and why, by source; the first files that are text but not UTF-8
 data/chat/dialogues.parquet    messages [{role, content}], and the same columns
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import multiprocessing
@@ -47,6 +48,9 @@ LONG = 2000  # characters from which on whole-array operations are the faster on
 ROWS = 1024  # that Parquet takes at a time; a larger array in one piece would be moved again and again as it grows
 FACTOR = np.int64(0x1E3779B97F4A7C15)  # odd, to mix numbers with
 CONTROL = bytes([*range(9), 11, 12, *range(14, 32), 127])  # in UTF-8 such a byte is always a character of its own
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+NAMED = 5  # files in another encoding that are named of a source
+NOT_UTF8 = "not_utf8"  # why a file is dropped
 FIELDS = ("text", "messages", "language")  # of a record; others are not looked at
 MARKUP = {".rst": "rst", ".po": "po", ".jsonl": "jsonl", ".parquet": "parquet"}
 CODE_SUFFIXES = {".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".sh", ".css", ".sql"}
@@ -72,15 +76,18 @@ def clean(params: Clean, raw: Path, documents: Path, chat: Path, run: Run | None
     profile: dict[str, Any] = {}
     with stage.progress("clean", sum(len(source["files"]) for source in sources)) as advance:
         for source in sources:
-            found, dropped = _rows_of(source, raw / f"{source['name']}.zip", params, advance)
+            found, dropped, foreign = _rows_of(source, raw / f"{source['name']}.zip", params, advance)
             raw_documents = len(found) + dropped.total()
             profile[source["name"]] = {"use": source["use"], "raw_documents": raw_documents, "dropped": dropped}
+            profile[source["name"]] |= {NOT_UTF8: foreign[:NAMED]} if foreign else {}
             rows += [piece for row in found for piece in _split_long(row, params.max_characters)]
     rows = _without_duplicates(rows, profile)
     for name, entry in profile.items():
         kept = [row["bytes"] for row in rows if row["source"] == name]
         entry |= {"kept": len(kept), "bytes": sum(kept), "dropped": dict(sorted(entry["dropped"].items()))}
         stage.say(_summary(name, entry))
+        if NOT_UTF8 in entry:
+            stage.say(_advice(name, entry[NOT_UTF8], entry["dropped"][NOT_UTF8]))
     for row in rows:
         row["split"] = split_of(row["sha256"], row["use"], params.heldout_percent)
     _require_text(rows)
@@ -91,15 +98,18 @@ def clean(params: Clean, raw: Path, documents: Path, chat: Path, run: Run | None
     return profile
 
 
-def _rows_of(source: dict[str, Any], packed: Path, params: Clean, advance: Any) -> tuple[list[Row], Counter[str]]:
-    """Every document of one source, in order of path; and how many were dropped by reason."""
+def _rows_of(
+    source: dict[str, Any], packed: Path, params: Clean, advance: Any
+) -> tuple[list[Row], Counter[str], list[str]]:
+    """Every document of one source, in order of path; how many were dropped by reason; the files that are not UTF-8."""
     work = partial(read, packed, source["format"], source["use"])
-    rows, dropped = [], Counter[str]()
+    rows, dropped, foreign = [], Counter[str](), []
     for file, items in zip(source["files"], _side_by_side(work, source["files"], advance), strict=True):
         part = 0
         for item in items:
             if item.dropped:
                 dropped[item.dropped] += 1
+                foreign += [file["path"]] if item.dropped == NOT_UTF8 else []
                 continue
             part += 1
             path = file["path"] if len(items) == 1 else f"{file['path']}#{part}"
@@ -108,7 +118,7 @@ def _rows_of(source: dict[str, Any], packed: Path, params: Clean, advance: Any) 
     short = [row for row in rows if "text" in row and len(row["text"]) < params.min_characters]
     dropped["too_short"] += len(short)
     kept = [row for row in rows if "messages" in row or len(row["text"]) >= params.min_characters]
-    return kept, +dropped
+    return kept, +dropped, foreign
 
 
 def _side_by_side(work: Any, files: list[dict[str, str]], advance: Any) -> Iterator[list[Item]]:
@@ -150,11 +160,11 @@ def read(packed: Path, kind: str, use: str, path: str) -> list[Item]:
             return [Item(dropped="binary")]
         return _from_records(records, use)
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig")
     except UnicodeDecodeError:
-        return [Item(dropped="binary")]
+        text = "\0"
     if "\0" in text:
-        return [Item(dropped="binary")]
+        return [Item(dropped=NOT_UTF8 if _is_text(content) else "binary")]
     if markup == "jsonl":
         return _from_jsonl(text, use)
     if markup == "dialogues":
@@ -165,6 +175,13 @@ def read(packed: Path, kind: str, use: str, path: str) -> list[Item]:
     except Exception:  # noqa: BLE001  their parsers too
         return [Item(dropped="malformed")]
     return [_document(text, "")]
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether what is not UTF-8 looks like text in another encoding: its bytes, or in UTF-16 every other one."""
+    halves = (content[at::2] for at in (0, 1) if content[1 - at :: 2].count(0) > len(content) // 3)  # Latin letters
+    plain = next(halves, content)
+    return b"\0" not in plain and len(plain.translate(None, CONTROL)) > 0.95 * len(plain)
 
 
 @lru_cache(maxsize=1)
@@ -371,6 +388,11 @@ def _summary(name: str, entry: dict[str, Any]) -> str:
     reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in entry["dropped"].items())
     kept = f"{entry['kept']:,} of {entry['raw_documents']:,} kept, {entry['bytes'] / 1e6:.1f} MB"
     return f"clean      {name}: {kept}" + (f" (dropped: {reasons})" if reasons else "")
+
+
+def _advice(name: str, named: list[str], count: int) -> str:
+    more = f" and {count - len(named):,} more" if count > len(named) else ""
+    return f"clean      {name}: not UTF-8: {', '.join(named)}{more}; convert them with iconv"
 
 
 def _write(path: Path, rows: list[Row], schema: pa.Schema) -> None:

@@ -70,6 +70,11 @@ def test_every_reason_to_drop_is_counted(tmp_path: Path) -> None:
         "empty.txt": " \n ",
         "short.txt": "too short",
         "binary.txt": b"\xff\xfe\x00",
+        "latin1.txt": "Où est la bibliothèque, s'il vous plaît ?\n".encode("latin-1"),
+        "cyrillic.txt": "Где находится библиотека?\r\n".encode("cp1251"),
+        "without-mark.txt": "“Where” is the library? It is in the old town, beside the river.".encode("utf-16-le"),
+        "marked.txt": f"é {text(54)}".encode("utf-16"),
+        "signed.txt": f"é {text(55)}".encode("utf-8-sig"),
         "nul.txt": b"text with a \0 inside that is long enough",
         "eval.txt": text(99),
         "lines.jsonl": json.dumps({"text": text(50), "language": "de"}) + '\n{"broken\n[1]\n',
@@ -87,14 +92,26 @@ def test_every_reason_to_drop_is_counted(tmp_path: Path) -> None:
         tmp_path, SMALL, a={"use": "pretrain", "files": files}, b={"use": "eval", "files": {"x.txt": text(99)}}
     )
     assert profile["a"]["dropped"] == {
-        "binary": 4, "copy_of_eval": 1, "empty": 1, "exact_duplicate": 1, "malformed": 7, "too_short": 1,
+        "binary": 4, "copy_of_eval": 1, "empty": 1, "exact_duplicate": 1, "malformed": 7, "not_utf8": 3, "too_short": 1,
     }  # fmt: skip
-    assert profile["a"]["kept"] == 36 and profile["a"]["raw_documents"] == 51
+    assert profile["a"]["kept"] == 38 and profile["a"]["raw_documents"] == 56
+    assert profile["a"]["not_utf8"] == ["latin1.txt", "cyrillic.txt", "without-mark.txt"]
+    assert "not_utf8" not in profile["b"]
+    assert set(table["path"][table["text"].str.startswith("é")]) == {"marked.txt", "signed.txt"}
     assert table[table["language"] == "\ufffd"]["text"].tolist() == [f"\ufffd {text(53)}"]
     assert set(table["split"][table["source"] == "b"]) == {"heldout"}
     assert table[table["language"] == "de"]["text"].tolist() == [text(50)]
     assert table[table["language"] == "fr"]["text"].tolist() == [text(60), text(61)]
     assert table["sha256"].is_unique and table["path"].is_unique
+
+
+def test_text_that_is_not_utf8_is_named_and_random_bytes_are_none(tmp_path: Path, capsys) -> None:
+    latin1 = {f"l{n}.txt": "Où est la bibliothèque ?".encode("latin-1") for n in range(7)}
+    random = {f"r{n}.txt": b"\xff" + np.random.default_rng(n).bytes(2000) for n in range(20)}
+    _, _, profile = cleaned(tmp_path, SMALL, a={"use": "pretrain", "files": PLAIN["files"] | random | latin1})
+    assert profile["a"]["dropped"] == {"binary": 20, "not_utf8": 7}
+    said = "a: not UTF-8: l0.txt, l1.txt, l2.txt, l3.txt, l4.txt and 2 more; convert them with iconv"
+    assert said in capsys.readouterr().err
 
 
 def test_the_tables_are_the_same_bytes_again_and_splits_follow_the_hash(tmp_path: Path) -> None:
