@@ -15,11 +15,11 @@ from zipfile import ZipFile
 from pipelines import stage
 from pipelines.archives import take
 from pipelines.params import Fetch, UserError
-from pipelines.repository import root
+from pipelines.repository import OWN, root
 from pipelines.sources import PathSource, PypiSource, Source, UrlSource, load_sources
 from pipelines.tracking import Run
 
-SOURCES, RAW, OWN = Path("data/sources.yaml"), Path("data/raw"), Path("data/own")
+SOURCES, RAW = Path("data/sources.yaml"), Path("data/raw")
 
 
 def fetch(params: Fetch, sources: Path, raw: Path, cache: Path, run: Run | None = None) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from ruamel.yaml import YAML
 
 from pipelines.params import UserError
 
+OWN = Path("data/own")
 SMALL = 1 << 20  # bytes of a file that is read to see whether it changed
+NAMED = 3  # files that a sentence names
 
 
 def root() -> Path:
@@ -84,11 +86,38 @@ def stages() -> dict[str, Any]:
 
 def stale_stages() -> list[str]:
     """Stages of dvc.yaml whose inputs, parameters or outputs are not those of dvc.lock: what `dvc repro` would run."""
+    require_readable()
     command = [sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"`dvc status` fails ({(done.stderr.strip().splitlines() or ['?'])[0]}); mend that first.")
     return sorted(json.loads(done.stdout or "{}"))
+
+
+def require_readable() -> None:
+    """Raises `UserError` for what DVC cannot read in data/own: it would name no file, and delete outputs before."""
+    found = []
+    for folder, folders, files in os.walk(OWN):
+        paths = (Path(folder, name) for name in sorted([*folders, *files]))
+        found += [f"{_printable(path)} {why}" for path in paths if (why := _unreadable(path))]
+    if found:
+        more = f", and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        raise UserError(f"{'; '.join(found[:NAMED])}{more}; mend or remove that, DVC reads all of {OWN}.")
+
+
+def _unreadable(path: Path) -> str:
+    if path.name != _printable(path.name):
+        return "has a name that is not UTF-8"
+    if not path.exists():
+        return "is a link to nothing"
+    if not path.is_file() and not path.is_dir():
+        return "is neither a file nor a folder"
+    return "" if os.access(path, os.R_OK) else "may not be read by you"
+
+
+def _printable(path: Path | str) -> str:
+    """Bytes of a name that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def push(output: Path) -> None:

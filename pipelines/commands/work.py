@@ -177,8 +177,9 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of
 
 def _repro(stages: list[str]) -> None:
     """`dvc repro`, its own chatter left out: the stages speak for themselves. Ends this command when it fails."""
-    from pipelines import tracking
+    from pipelines import repository, tracking
 
+    repository.require_readable()
     _require_idle(stages)
     start = time.time()
     threading.Thread(target=tracking.load, daemon=True).start()  # what comes next needs it, and DVC is another process

@@ -63,6 +63,7 @@ def all_stages() -> dict[str, Stage]:
 
 def states() -> dict[str, Stage]:
     """All stages in an order in which they can run, each with its state and, when it is not fresh, the reason."""
+    repository.require_readable()
     with _repo() as repo:
         known = _ordered([_described(stage) for stage in _stages(repo)])
         changed = {stage.addressing: _changes(stage) for stage in _stages(repo)}

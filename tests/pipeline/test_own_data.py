@@ -1,6 +1,7 @@
 """Text of a user's own under the real `dvc repro`: four formats are read, poisoned text is stopped before training."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -87,6 +88,32 @@ def test_four_formats_of_text_of_ones_own(restored) -> None:
         "rows.parquet#3",
     ]  # fmt: skip
     assert set(mine["licence"]) == {"CC-BY-4.0"} and words["md"] in set(mine["text"])
+
+
+@pytest.fixture
+def pipe(restored):
+    """A named pipe in data/own, which git does not clean."""
+    path = restored.folder / "data/own/code/pipe"
+    os.mkfifo(path)
+    yield path
+    path.unlink()
+
+
+def test_what_dvc_cannot_read_is_named_and_nothing_is_lost(restored, pipe) -> None:
+    own = restored.folder / "data/own"
+    (own / "dangling.txt").symlink_to("nowhere")
+    (own / "fine.txt").symlink_to("talk.jsonl")
+    Path(os.fsdecode(os.fsencode(own) + b"/caf\xe9.txt")).touch()
+    (own / "code/second").symlink_to("second")
+    before = restored.digests("data/raw", "reports")
+    for words in ("run", "run fetch --set timeout_s=9", "status"):
+        done = restored.run("shovel", *words.split(), check=False)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+            "shovel: data/own/caf\\xe9.txt has a name that is not UTF-8; data/own/dangling.txt is a link to nothing; "
+            "data/own/code/pipe is neither a file nor a folder, and 1 more; mend or remove that, DVC reads all of "
+            "data/own."
+        )
+    assert restored.digests("data/raw", "reports") == before
 
 
 def test_an_experiment_leaves_runs_but_no_version(restored) -> None:
