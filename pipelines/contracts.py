@@ -204,7 +204,7 @@ def document_checks(params: Contracts, table: pd.DataFrame) -> Iterator[Check]:
     yield (
         gxe.ExpectTableRowCountToBeBetween(min_value=params.min_documents),
         "there are enough documents",
-        f"at least {params.min_documents}",
+        f"at least {params.min_documents} (`contracts.min_documents`)",
     )
     yield (
         gxe.ExpectColumnMinToBeBetween(column="characters", min_value=1),
@@ -216,12 +216,13 @@ def document_checks(params: Contracts, table: pd.DataFrame) -> Iterator[Check]:
             column="characters", min_value=params.min_median_characters, max_value=params.max_median_characters
         ),
         "documents are of ordinary length (median characters)",
-        f"{params.min_median_characters:,} to {params.max_median_characters:,}",
+        f"{params.min_median_characters:,} to {params.max_median_characters:,} "
+        "(`contracts.min_median_characters` and `contracts.max_median_characters`)",
     )
     yield (
         gxe.ExpectColumnMeanToBeBetween(column="control_rate", max_value=params.max_control_character_rate),
         "control characters are rare (share of all characters, mean over documents)",
-        f"at most {params.max_control_character_rate:g}",
+        _at_most(params, "max_control_character_rate"),
     )
 
 
@@ -283,32 +284,45 @@ def source_checks(params: Contracts, figures: pd.DataFrame) -> Iterator[Check]:
     overall = text["contaminated"].sum() / max(text["heldout"].sum(), 1)
     figures["overall_contaminated_rate"] = overall
     figures["eval_contaminated_rate"] = figures["contaminated_rate"].where(figures["use"] == "eval", 0.0)
-    at_most = f"at most {params.max_overlap_rate:g}"
+    overlap = _at_most(params, "max_overlap_rate")
     yield (
         gxe.ExpectColumnMaxToBeBetween(column="duplicate_rate", max_value=params.max_duplicate_rate),
-        "raw documents are rarely copies of one another (share of the worst source)",
-        f"at most {params.max_duplicate_rate:g}",
+        f"raw documents are rarely copies of one another (share of {_worst(figures, 'duplicate_rate')})",
+        _at_most(params, "max_duplicate_rate"),
     )
     yield (
         gxe.ExpectColumnMaxToBeBetween(column="secret_rate", max_value=params.max_secret_rate),
-        "few documents hold an e-mail address or a key-like string (share of the worst source)",
-        f"at most {params.max_secret_rate:g}",
+        f"few documents hold an e-mail address or a key-like string (share of {_worst(figures, 'secret_rate')})",
+        _at_most(params, "max_secret_rate"),
     )
     yield (
         gxe.ExpectColumnMaxToBeBetween(column="overall_contaminated_rate", max_value=params.max_overlap_rate),
         f"few held-out documents share {CONTAMINATED:.0%} of their {RUN}-word runs with training text",
-        at_most,
+        overlap,
     )
     yield (
         gxe.ExpectColumnMaxToBeBetween(column="eval_contaminated_rate", max_value=params.max_overlap_rate),
-        f"the same of each evaluation source alone: {RUN}-word runs that training text knows",
-        at_most,
+        f"the same of each evaluation source alone: {RUN}-word runs that training text knows "
+        f"(share of {_worst(figures, 'eval_contaminated_rate')})",
+        overlap,
     )
     yield (
         gxe.ExpectColumnMaxToBeBetween(column="eval_copy_rate", max_value=params.max_overlap_rate),
-        "evaluation documents do not lie in training sources word for word (share of them)",
-        at_most,
+        "evaluation documents do not lie in training sources word for word (share of them in "
+        f"{_worst(figures, 'eval_copy_rate')})",
+        overlap,
     )
+
+
+def _at_most(params: Contracts, key: str) -> str:
+    """A limit and its key, by which `_fix` tells what can be done."""
+    return f"at most {getattr(params, key):g} (`contracts.{key}`)"
+
+
+def _worst(figures: pd.DataFrame, rate: str) -> str:
+    """Of all sources, by name where it has any share at all."""
+    worst = figures.loc[figures[rate].idxmax()]
+    return f"the worst source, {worst['source']}" if worst[rate] else "the worst source"
 
 
 def drift_checks(params: Contracts, drift: pd.DataFrame, accepted: Path) -> Iterator[Check]:
@@ -320,7 +334,7 @@ def drift_checks(params: Contracts, drift: pd.DataFrame, accepted: Path) -> Iter
         yield (
             gxe.ExpectColumnMaxToBeBetween(column="change", max_value=params.max_drift),
             f"the data is like the accepted profile (largest relative change: {worst['figure']} of {worst['source']})",
-            f"at most {params.max_drift:g}",
+            _at_most(params, "max_drift"),
         )
 
 
@@ -386,9 +400,16 @@ def _sentence(broken: list[Finding], page: Path) -> str:
     others = f" and {more} more" if more else ""
     return (
         f"{first.suite}.{first.expectation} is broken{others}: {first.what}; found {first.observed}, "
-        f"limit {first.limit}; open {page}, then mend the source in data/sources.yaml or the limit in params.yaml, "
-        f"or `shovel accept` the data."
+        f"limit {first.limit}; open {page}, then {_fix(first)}."
     )
+
+
+def _fix(finding: Finding) -> str:
+    """What a person can do about it: only drift can be accepted, and not every expectation has a limit to change."""
+    if finding.suite == "drift":
+        return "mend the source, or `shovel accept` the data if the change is meant"
+    limit = " or that limit in params.yaml" if "`contracts." in finding.limit else ""
+    return f"mend the source in data/sources.yaml{limit}"
 
 
 if __name__ == "__main__":

@@ -259,11 +259,11 @@ def edited(original: str) -> str:
 
 LEAKED = [text(500 + n) for n in range(4)]
 POISONS = {
-    "duplicates": ({f"again{n}.txt": text(n) for n in range(15)}, "rarely copies of one another"),
+    "duplicates": ({f"again{n}.txt": text(n) for n in range(15)}, "one another (share of the worst source, a)"),
     "copied": ({f"leak{n}.txt": leak for n, leak in enumerate(LEAKED)}, "word for word"),
     "edited": ({f"leak{n}.txt": edited(leak) for n, leak in enumerate(LEAKED)}, "13-word runs that"),
     "joined": ({"all.txt": "\n\n".join(LEAKED)}, "13-word runs that"),
-    "secrets": ({f"{n}.txt": text(n) + " ada@example.org" for n in range(30)}, "e-mail address or a key-like string"),
+    "secrets": ({f"{n}.txt": text(n) + " ada@example.org" for n in range(30)}, "string (share of the worst source, a)"),
     "control": ({f"{n}.txt": text(n).replace(" ", "\x85", 9) for n in range(30)}, "control characters are rare"),
 }
 
@@ -273,11 +273,22 @@ def test_poisoned_sources_are_stopped(tmp_path: Path, poison: dict[str, str], re
     wide = SMALL.model_copy(update={"max_characters": 100_000})
     cleaned(tmp_path, wide, a={"use": "pretrain", "files": PLAIN["files"] | poison}, e=HELD)
     limits = LIMITS.model_copy(update={"max_overlap_rate": 0.1})
-    with pytest.raises(UserError, match="is broken.*found .*limit .*failed.html"):
+    fix = r"then mend the source in data/sources.yaml or that limit in params.yaml\.$"
+    with pytest.raises(UserError, match=rf"is broken.*found .*limit .*\(`contracts\.max_\w+`\).*failed.html, {fix}"):
         check(tmp_path, limits)
     page = (tmp_path / "failed.html").read_text()
     broken = page[page.index("<h2>Broken") : page.index("<h2>Sources")]
     assert reason in broken and not (tmp_path / "page.html").exists()
+
+
+def test_what_has_no_limit_is_mended_at_its_source(tmp_path: Path) -> None:
+    sources = raw(tmp_path / "raw", a=PLAIN)
+    manifest = json.loads((sources / "manifest.json").read_text())
+    manifest["sources"][0]["licence"] = "Free for all"
+    (sources / "manifest.json").write_text(json.dumps(manifest))
+    clean(SMALL, sources, tmp_path / "clean", tmp_path / "chat")
+    with pytest.raises(UserError, match=r"limit SPDX; open .*, then mend the source in data/sources\.yaml\.$"):
+        check(tmp_path, LIMITS)
 
 
 def test_dialogues_are_searched_for_secrets_too(tmp_path: Path) -> None:
@@ -285,13 +296,17 @@ def test_dialogues_are_searched_for_secrets_too(tmp_path: Path) -> None:
         json.dumps({"messages": [{"content": f"Who is {n}?"}, {"content": f"{n}@example.org"}]}) for n in range(20)
     ]
     cleaned(tmp_path, SMALL, a=PLAIN, t={"use": "chat", "files": {"t.jsonl": "\n".join([*TALK, *leaky])}})
-    with pytest.raises(UserError, match=r"e-mail address or a key-like string .*; found 0.5, limit at most 0.1"):
+    with pytest.raises(
+        UserError, match=r"e-mail address or a key-like string .* source, t\); found 0.5, limit at most 0.1"
+    ):
         check(tmp_path, LIMITS)
 
 
 def test_too_few_documents_are_no_corpus(tmp_path: Path) -> None:
     cleaned(tmp_path, SMALL, a=PLAIN)
-    with pytest.raises(UserError, match="there are enough documents; found 30, limit at least 31"):
+    with pytest.raises(
+        UserError, match=r"there are enough documents; found 30, limit at least 31 \(`contracts.min_documents`\)"
+    ):
         check(tmp_path, Contracts(min_documents=31))
 
 
@@ -304,7 +319,9 @@ def test_drift_is_named_until_it_is_accepted(tmp_path: Path) -> None:
         SMALL,
         a={"use": "pretrain", "files": PLAIN["files"] | {f"n{n}.txt": text(200 + n) for n in range(20)}},
     )
-    with pytest.raises(UserError, match="kept of a.*shovel accept"):
+    with pytest.raises(
+        UserError, match=r"kept of a.*`contracts.max_drift`.*`shovel accept` the data if the change is meant\.$"
+    ):
         check(tmp_path, LIMITS)
     accept(tmp_path / "clean", tmp_path / "chat", tmp_path / "accepted.json")
     assert check(tmp_path, LIMITS)["success"]

@@ -55,8 +55,11 @@ def leaked(project) -> None:
 @pytest.mark.parametrize(
     ("poison", "sentence"),
     [
-        (duplicated, "raw documents are rarely copies of one another (share of the worst source); found 0.5, limit"),
-        (leaked, "evaluation source alone: 13-word runs that training text knows; found 0."),
+        (
+            duplicated,
+            "raw documents are rarely copies of one another (share of the worst source, code); found 0.5, limit",
+        ),
+        (leaked, "13-word runs that training text knows (share of the worst source, exam); found 0."),
     ],
 )
 def test_poison_is_stopped_before_training(restored, poison, sentence: str) -> None:
