@@ -179,10 +179,7 @@ async def _read(request: Request, schema: type[Body]) -> Body:
     try:
         return schema.model_validate_json(await request.body())
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{f'`{where}`: ' if where else ''}{message}.", "invalid_request") from None
+        raise ApiError.of_body(error) from None
 
 
 def _takes(schema: type[Generation]) -> dict[str, Any]:

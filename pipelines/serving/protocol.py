@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
 NEUTRAL = {  # parameter -> values with which it changes nothing; anything else is refused, not ignored
@@ -24,16 +24,43 @@ NEUTRAL = {  # parameter -> values with which it changes nothing; anything else 
     "modalities": (["text"],),
 }
 TOP_LOGPROBS = 1000
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+STOPS, STOP_CHARACTERS = 16, 1000
+UNIONS = {  # parameter -> its limit in words; pydantic tells of one of its forms only, and in terms of Python
+    "prompt": "this server takes one prompt a request, which is a string or token ids",
+    "stop": f"at most {STOPS} stop strings of 1 to {STOP_CHARACTERS:,} characters are supported",
+    "content": "text content alone is supported, which is a string or parts of the type `text`",
+}
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=STOP_CHARACTERS)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error format."""
+    """An answer in OpenAI's error format. param: the parameter that is to blame."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.retry_after_s = status, message, code, retry_after_s
+        self.param = param
+
+    @classmethod
+    def of_body(cls, error: ValidationError) -> ApiError:
+        """The first mistake in a body."""
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path, message = problem["loc"], problem["msg"].removeprefix("Value error, ")
+        for depth, part in enumerate(path[:-1], start=1):
+            if part in UNIONS:
+                path, message = path[:depth], UNIONS[part]
+                break
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+        named = message.partition("`")[2].partition("`")[0] if problem["type"] == "value_error" else ""
+        return cls(400, f"{f'`{where}`: ' if where else ''}{message}.", "invalid_request", param=where or named or None)
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
         """As an answer."""
@@ -43,7 +70,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Its JSON."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(BaseModel):
@@ -59,7 +86,7 @@ class Generation(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=200)

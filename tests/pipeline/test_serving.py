@@ -210,7 +210,8 @@ MISTAKES = [
     ({"max_tokens": 1024}, 400, "maximum context length is 1024"),
     ({"prompt": []}, 400, "prompt"),
     ({"prompt": [400]}, 400, "token 400 does not exist"),
-    ({"prompt": ["one", "two"]}, 400, "prompt"),
+    ({"prompt": ["one", "two"]}, 400, "`prompt`: this server takes one prompt a request"),
+    ({"stop": ["x"] * 17}, 400, "`stop`: at most 16 stop strings"),
     ({"n": 2}, 400, "`n` is not supported"),
     ({"stop": [""]}, 400, "stop"),
     ({"seed": 1 << 70}, 400, "seed"),
@@ -223,6 +224,22 @@ def test_mistakes_are_named(served: Endpoint, changes: dict, status: int, words:
     answer = served.http.post("/v1/completions", json={"model": NAME, "prompt": "a tree", "max_tokens": 2} | changes)
     error = answer.json()["error"]
     assert answer.status_code == status and words in f"{error['message']} {error['code']}"
+    assert error["param"] == (next(iter(changes)) if error["code"] == "invalid_request" else None)
+
+
+def test_mistakes_in_messages_are_named(served: Endpoint) -> None:
+    image = [
+        {"type": "text", "text": "What is it?"},
+        {"type": "image_url", "image_url": {"url": "https://example.org"}},
+    ]
+    for content, words in ((image, "text content alone is supported"), ("", "`messages[1].role`: Input should be")):
+        said = [{"role": "user", "content": "Hi"}, {"role": "user" if content else "tool", "content": content}]
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.client.chat.completions.create(model=NAME, messages=said)
+        assert (
+            words in caught.value.body["message"]
+            and caught.value.param == f"messages[1].{'content' if content else 'role'}"
+        )
 
 
 @pytest.mark.parametrize(
