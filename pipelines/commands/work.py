@@ -12,15 +12,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
-from typing import Annotated, Any, NoReturn
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from pipelines.commands import PARAMS, PRESETS, RELEASE, REPORTS, SOURCES, complete
 from pipelines.commands.runs import try_out
+
+if TYPE_CHECKING:
+    from pipelines.sources import Source
 
 NOTHING_TO_DO_S = 2.0  # in which `dvc repro` ends then
 INTERRUPTED = 130  # exit code
@@ -34,12 +38,31 @@ def check() -> None:
     from pipelines.sources import load_sources
 
     params, sources = load_params(PARAMS), load_sources(SOURCES)
+    _require_languages(params.finetune.languages, [source for source in sources if source.use == "chat"])
     typer.echo(f"{PARAMS} is fine; {SOURCES} is fine: {len(sources)} sources ({', '.join(s.name for s in sources)})")
     train = params.pretrain
     batches = (train.batch_tokens, train.start_batch_tokens or train.batch_tokens)
     rows = [tokens // train.sequence_length for tokens in batches]
     total = first_row(train.steps, *rows, train.batch_ramp_steps) * train.sequence_length
     typer.echo(f"pretraining will read {total:,} tokens in {train.steps:,} steps")
+
+
+def _require_languages(wanted: list[str], sources: Sequence[Source]) -> None:
+    """Raises `UserError` when no dialogue can be in one of them; lines of jsonl and parquet may name any language."""
+    from pipelines.params import UserError
+
+    possible: set[str] = set()
+    for source in sources:
+        suffixes = {PurePath(pattern).suffix for pattern in source.files if not pattern.startswith("!")}
+        languages = set(source.languages.values()) if "{language}" in source.language else {source.language}
+        if suffixes & {"", ".*", ".jsonl", ".parquet"} or not languages:
+            return
+        possible |= languages
+    if possible and not possible & set(wanted):
+        raise UserError(
+            f"{PARAMS}: `finetune.languages` {wanted} is the language of no chat source; choose among "
+            f"{', '.join(sorted(possible))}, or name it in {SOURCES}."
+        )
 
 
 def use(

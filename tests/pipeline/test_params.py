@@ -96,6 +96,22 @@ def test_the_command_prints_one_sentence_and_exits_with_2(fresh_project) -> None
         assert "`pretrain.steps` is 0" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_languages_that_no_dialogue_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    content["finetune"]["languages"] = ["xx"]
+    with Path("params.yaml").open("w") as file:
+        YAML().dump(content, file)
+    Path("data").mkdir()
+    sources = (ROOT / "data/sources.yaml").read_text()
+    Path("data/sources.yaml").write_text(sources)
+    with pytest.raises(UserError, match=r"`finetune.languages` \['xx'\] is the language of no .* among bn, de, en,"):
+        work.check()
+    Path("data/sources.yaml").write_text(sources.replace("data/**/*.yml", "data/**/*.jsonl"))  # whose lines may name it
+    work.check()
+    assert "data/sources.yaml is fine" in capsys.readouterr().out
+
+
 def test_every_key_is_described_or_plain() -> None:
     plain = {"weight_decay", "seed", "lora_rank", "lora_alpha"}
     for name, field in Params.model_fields.items():
