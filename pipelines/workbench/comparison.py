@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from ruamel.yaml import YAML
 
-from pipelines import live, register, repository, stage
+from pipelines import live, register, repository, stage, tracking
 from pipelines.params import Params, UserError
 from pipelines.workbench import display
 from pipelines.workbench.runs import Run
@@ -77,6 +77,7 @@ def at_revision(name: str, revision: str) -> State:
 def _revision(name: str, params: Params) -> str:
     """What git knows a version of the registry or an experiment by."""
     if name.isdigit() or name in (register.CHAMPION, register.CHALLENGER, register.PREVIOUS):
+        tracking.connect()  # a server that is down is no version that is missing
         with suppress(UserError):
             return register.version(params.register_, name).tags.get("git.commit", "")
     experiments = repository.git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()

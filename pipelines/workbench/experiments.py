@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipelines import repository, tracking
+from pipelines import repository, stage, tracking
 from pipelines.params import UserError
 from pipelines.workbench.comparison import at_revision
 
@@ -19,11 +19,14 @@ REFERENCE = re.compile(r"refs/exps/(?P<base>[0-9a-f]{2}/[0-9a-f]{38})/(?P<name>[
 
 
 def table() -> pd.DataFrame:
-    """See `project.experiments`; where the tracking server does not answer, what DVC knows."""
+    """See `project.experiments`; where the tracking server does not answer, that is said beside what DVC knows."""
     known = {row["name"]: row for row in _of_dvc()}
     try:
         rows = _of_mlflow(tracking.connect())
-    except UserError:
+    except UserError as error:
+        if not known:
+            raise
+        stage.say(f"tracking   {error}")
         rows = []
     rows = [known.pop(row["name"], {}) | {key: value for key, value in row.items() if value != ""} for row in rows]
     found = pd.DataFrame([*rows, *known.values()])

@@ -294,8 +294,8 @@ def test_a_server_may_die_and_come_back(project, tmp_path: Path, port: int) -> N
     assert "does not answer" in said and "`shovel link` delivers it later" in said and said.count("\n") == 1
     done = project.run("dvc", "repro", "-f", "-s", "encode", **uri)
     assert "tracking   the tracking server" in done.stderr and "Traceback" not in done.stderr
-    for command in ("link", "register", "promote", "rollback"):
-        refused = project.run("shovel", command, check=False, **uri)
+    for command in ("link", "register", "promote", "rollback", "compare champion", "experiments"):
+        refused = project.run("shovel", *command.split(), check=False, **uri)
         assert refused.returncode == 2 and "does not answer" in refused.stderr.splitlines()[-1]
         assert "Traceback" not in refused.stderr
     assert any(
