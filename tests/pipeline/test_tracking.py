@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,31 @@ def test_four_users_start_at_once_on_an_empty_database(reproduced, tmp_path: Pat
     runs = client.search_runs([client.get_experiment_by_name("shovel").experiment_id])
     assert {run.info.run_name for run in runs} == {f"user-{n}" for n in range(4)}
     assert {run.info.status for run in runs} == {"FINISHED"} and {run.data.metrics["loss"] for run in runs} == {1.0}
+
+
+def test_a_repository_that_was_moved_finds_its_artifacts(tmp_path: Path, monkeypatch, capsys) -> None:
+    old, new = tmp_path / "old 1%", tmp_path / "new é"
+    old.mkdir()
+    monkeypatch.chdir(old)
+    with tracking.stage_run("review", None) as run:
+        (old / "page.html").write_text("a page")
+        run.artifact(old / "page.html")
+    client = tracking.connect()
+    client.create_registered_model("m")
+    client.create_model_version("m", (old / "release").as_uri(), run.run_id)
+    client.create_model_version("m", "dvc://release")
+    elsewhere = client.create_experiment("elsewhere", (tmp_path / "old 1% too").as_uri())
+    shutil.move(old, new)
+    monkeypatch.chdir(new)
+    client = tracking.connect()
+    assert "this repository was in file:" in capsys.readouterr().err
+    assert Path(client.download_artifacts(run.run_id, "page.html")).read_text() == "a page"
+    assert {v.source for v in client.search_model_versions()} == {(new / "release").as_uri(), "dvc://release"}
+    assert client.get_experiment(elsewhere).artifact_location == (tmp_path / "old 1% too").as_uri()
+    with tracking.stage_run("review", None) as later:
+        later.artifact(new / "page.html")
+    assert (new / ".mlflow/artifacts" / later.run_id / "artifacts/page.html").exists() and not old.exists()
+    assert capsys.readouterr().err == "", "said once"
 
 
 def test_a_run_whose_process_died_is_killed_and_a_living_one_is_left(reproduced, tmp_path: Path) -> None:
