@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipelines import live, pending, processes, repository
+from pipelines import live, moved, pending, processes, repository
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ EXPERIMENT = "shovel"
 PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 BATCH, FLUSH_S = 500, 5.0
 PIPELINES = {"dvc", "pipelines.commands.dvc", "pipelines.workbench.trials"}  # programs that run stages
-ADDRESSES = {  # table -> columns in which MLflow keeps absolute addresses
-    "experiments": ["artifact_location"],
-    "runs": ["artifact_uri"],
-    "logged_models": ["artifact_location"],
-    "model_versions": ["source", "storage_location"],
-}
 PENDING = "pending-"  # begins the id of a run that no server knows yet
 NOTE = """### How to decide whether a model goes live
 1. *Model registry* (left), the version with the alias `challenger`: its description says how good it is, what it was
@@ -99,29 +93,12 @@ def connect() -> MlflowClient:
         try:
             client = MlflowClient(tracking_uri=uri(), registry_uri=uri())
             client.search_experiments(max_results=1)
-            _follow_move(client)
+            moved.follow(client.get_experiment_by_name(EXPERIMENT), uri(), home())
         except (MlflowException, OSError, SQLAlchemyError, sqlite3.Error) as error:
             raise UserError(
                 f"{_where()} does not answer ({_reason(error)}); check it and MLFLOW_TRACKING_URI, and run again."
             ) from None
     return client
-
-
-def _follow_move(client: MlflowClient) -> None:
-    """Where this repository lay elsewhere before, bring the addresses in its own database here."""
-    database, artifacts = home() / "mlflow.db", home() / "artifacts"
-    if uri() != f"sqlite:///{database}" or not artifacts.is_dir():
-        return
-    experiment, end = client.get_experiment_by_name(EXPERIMENT), "/.mlflow/artifacts"
-    address = experiment.artifact_location if experiment else ""
-    if address == artifacts.as_uri() or not address.startswith("file:") or not address.endswith(end):
-        return
-    old, new = (text.removesuffix(end) + "/" for text in (address, artifacts.as_uri()))
-    with closing(sqlite3.connect(database)) as opened, opened:
-        for table, column in ((table, column) for table, columns in ADDRESSES.items() for column in columns):
-            change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"  # noqa: S608
-            opened.execute(change, (new, len(old) + 1, len(old), old))
-    print(f"tracking   this repository was in {old} before; its runs' artifacts are found here now", file=sys.stderr)
 
 
 def lock_file() -> Path:

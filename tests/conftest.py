@@ -1,11 +1,9 @@
 """One thread and no model hub for every test; small projects and the default corpus as fixtures."""
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +16,8 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import forked  # noqa: E402
+
+from pipelines.moved import readdress  # noqa: E402
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -110,11 +110,8 @@ class Project:
         """The same state elsewhere, its runs and its release included; MLflow's artifacts are the copy's own."""
         copy = Project(Path(shutil.copytree(self.folder, folder, symlinks=True)))
         if (folder / ".mlflow/mlflow.db").exists():
-            with contextlib.closing(sqlite3.connect(folder / ".mlflow/mlflow.db")) as database:
-                for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-                    addresses = (self.folder.resolve().as_uri(), folder.resolve().as_uri())
-                    database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", addresses)
-                database.commit()
+            old, new = (f"{place.resolve().as_uri()}/" for place in (self.folder, folder))
+            readdress(folder / ".mlflow/mlflow.db", old, new)
         return copy
 
     def digests(self, *folders: str) -> dict[str, str]:
