@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_output_stays(project, stag
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_sentence(project) -> None:
-    project.set_params(pretrain={"model": project.model | {"initializer_range": 3e38}})
+    project.set_params(pretrain={"model": project.model | {"initializer_range": 9999.0}})
     done = project.run("python", "-m", *PRETRAIN, check=False)
     project.run("git", "checkout", "-q", "params.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr
