@@ -97,9 +97,9 @@ def _merge(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers, tuples and mappings as YAML has them."""
+    """NumPy's numbers and arrays, tuples and mappings as YAML has them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
@@ -142,6 +143,12 @@ def test_presets_load_and_demo_is_the_default() -> None:
 def test_settings_that_are_none(word: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         overrides.of_words("finetune", [word])
+
+
+def test_numbers_of_numpy_are_plain() -> None:
+    given = {"learning_rate": np.float32(0.5), "mtp_weights": np.array([0.5, 0.25]), "steps": np.int64(3)}
+    found = overrides.of_keywords("pretrain", given)["pretrain"]
+    assert found == {"learning_rate": 0.5, "mtp_weights": [0.5, 0.25], "steps": 3} and type(found["steps"]) is int
 
 
 def test_check_foretells_the_tokens_of_a_training(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
