@@ -198,6 +198,9 @@ def _status() -> int:
     if state is None or found is None:
         typer.echo("nothing is served from this repository" if state is None else f"{state['address']} does not answer")
         return 1
+    if found.get("status") == "loading":
+        typer.echo(f"{state['model']} is being loaded; {state['address']} answers once it is")
+        return 1
     typer.echo(f"{state['model']} version {endpoint.version(state)} at {state['address']} ({state['engine']})")
     follows = found.get("follows") or {}
     if refused := follows.get("refused"):

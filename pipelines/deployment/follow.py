@@ -13,6 +13,7 @@ import math
 import sys
 import threading
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ class Follower:
 
     def __init__(self, manager: Manager, where: deploy.Target, params: Params, address: str) -> None:
         self._manager, self._where, self._params, self._address = manager, where, params, address
-        self._client = tracking.connect()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"follow {where}", daemon=True)
         self._refused: dict[str, str] | None = None
         self._retry_s = 0.0
         self._silent_since: float | None = None
+
+    @cached_property
+    def _client(self) -> tracking.MlflowClient:
+        return tracking.connect()
 
     def start(self) -> None:
         """Serve the version of now, then follow. Raises `UserError` when it may not be served."""
@@ -100,13 +104,14 @@ class Follower:
             engine.close()
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"version {engine.version} of {engine.name} fails its smoke test ({why}).") from None
+        # first: who finds this version answering finds it noted
+        deploy.tag(self._client, model.version, "deployed", address=self._address, engine="builtin")
         if self._stopping.is_set():
             engine.close()
             return
         self._manager.switch(engine)
         self._refused = None
         stage.say(f"follow     {engine.name} version {engine.version} answers at {self._address}")
-        deploy.tag(self._client, model.version, "deployed", address=self._address, engine="builtin")
 
     def _refuse(self, version: tracking.ModelVersion, why: str) -> None:
         known, self._refused = self._refused, {"version": version.version, "why": why}
@@ -137,9 +142,8 @@ def main(text: str, host: str, port: str, tokens: str = "") -> None:
     callers = callers_of(host, Path(tokens) if tokens else None)
     manager = Manager(params.serve)
     follower = Follower(manager, where, params, endpoint.url(host, port))
-    follower.start()
     try:
-        run(manager, params.serve, host, int(port), callers, more=follower.health)
+        run(manager, params.serve, host, int(port), callers, more=follower.health, begin=follower.start)
     finally:
         follower.stop()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from pipelines import stage
 from pipelines.params import Serve, UserError
 from pipelines.serving.app import create_app
 from pipelines.serving.guard import read_callers
@@ -28,10 +31,11 @@ def run(
     callers: Mapping[str, str] | None = None,
     usage: Path = LEDGER,
     more: Callable[[], dict[str, Any]] = dict,
+    begin: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve what `manager` holds on host and port until a signal; closes the manager. Raises `UserError`.
 
-    usage: the ledger's file. more: what /health says besides.
+    usage: the ledger's file. more: what /health says besides. begin: brings a model while the port is open already.
     """
     require_callers(host, callers)
     ledger = Ledger(usage, params)
@@ -46,12 +50,37 @@ def run(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=_listen, args=(server,), name="http", daemon=True)
+    thread.start()  # while this thread, which signals reach, loads and waits
     try:
-        with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again
-            uvicorn.Server(config).run()
+        with suppress(KeyboardInterrupt):
+            while thread.is_alive() and not server.started:
+                time.sleep(0.01)
+            if server.started:
+                begin()
+            thread.join()
+            raise UserError(f"the server on {host}, port {port}, ended of itself; the reason stands above.")
     finally:
+        _end(server, thread)
         manager.close()
         ledger.close()
+    stage.say("serve      the server has ended")
+
+
+def _listen(server: uvicorn.Server) -> None:
+    with suppress(SystemExit):  # where it cannot: it has said why
+        server.run()
+
+
+def _end(server: uvicorn.Server, thread: threading.Thread) -> None:
+    """Finish the answers; a second signal waits for none."""
+    server.should_exit = True
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            server.force_exit = True
 
 
 def callers_of(host: str, tokens: Path | None) -> dict[str, str] | None:

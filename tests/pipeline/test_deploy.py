@@ -16,12 +16,14 @@ import openai
 import psutil
 import pytest
 import requests
+import typer
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 from shared_server import free_port
 from test_tracking import server as mlflow_server
 
 from pipelines import digests, tracking
+from pipelines.commands import servers
 from pipelines.deployment import deploy, endpoint
 from pipelines.params import UserError, load_params
 
@@ -60,6 +62,15 @@ def test_an_ipv6_address_is_in_brackets(tmp_path: Path, monkeypatch: pytest.Monk
     state = endpoint.claim(deploy.Target(NAME, "champion"), "builtin", "::1", 8000, None)
     assert state["address"] == "http://[::1]:8000" == requests.Request("GET", state["address"]).prepare().url[:-1]
     assert endpoint.url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+
+
+def test_a_server_that_loads_its_model_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    state = {"model": f"{NAME}@champion", "address": "http://127.0.0.1:8000", "engine": "builtin", "version": None}
+    monkeypatch.setattr(endpoint, "running", lambda: state)
+    monkeypatch.setattr(endpoint, "health", lambda address: {"status": "loading"})
+    with pytest.raises(typer.Exit) as ended:
+        servers.deploy(status=True)
+    assert ended.value.exit_code == 1 and f"{NAME}@champion is being loaded" in capsys.readouterr().out
 
 
 def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import queue
+import signal
 import socket
 import sqlite3
 import threading
@@ -36,7 +37,7 @@ from pipelines.serving.guard import read_callers
 from pipelines.serving.ledger import Ledger, totals
 from pipelines.serving.manager import Manager
 from pipelines.serving.protocol import CompletionRequest
-from pipelines.serving.server import require_callers
+from pipelines.serving.server import require_callers, run
 from pipelines.serving.shapes import TextShape
 
 NAME, TOKEN = "tiny", "a-token-of-enough-characters"
@@ -422,6 +423,30 @@ def test_a_server_that_ends_changes_its_model_no_more(folder: Path, monkeypatch)
     follower._look()
     assert manager.current is None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(f"engine {NAME} 2")]
+
+
+def test_the_port_is_open_while_the_model_is_loaded(folder: Path, tmp_path: Path, capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address, manager, found = f"http://127.0.0.1:{port}", Manager(PARAMS), []
+
+    def begin() -> None:
+        found.append(httpx.get(f"{address}/health"))
+        manager.switch(manager.load(folder, NAME, "1"))
+        found.append(httpx.get(f"{address}/health"))
+        signal.raise_signal(signal.SIGINT)
+
+    run(manager, PARAMS, "127.0.0.1", port, usage=tmp_path / "usage.db", begin=begin)
+    assert [answer.status_code for answer in found] == [503, 200] and found[0].json() == {"status": "loading"}
+    assert "the server has ended" in capsys.readouterr().err and manager.current is None
+    with pytest.raises(UserError, match="no champion"):
+        run(Manager(PARAMS), PARAMS, "127.0.0.1", port, usage=tmp_path / "usage.db", begin=refuse)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(UserError, match=f"port {port}, ended of itself"):
+        run(Manager(PARAMS), PARAMS, "127.0.0.1", port, usage=tmp_path / "usage.db", begin=refuse)
+
+
+def refuse() -> None:
+    raise UserError("there is no champion.")
 
 
 def test_metrics_and_ledger_know_what_was_done(served: Endpoint) -> None:
