@@ -65,10 +65,11 @@ def promote(
     if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
     found = [
-        *gates.of_reports(params, reports, bits_of(live)),
+        *gates.of_reports(params, reports, bits_of(live, reports)),
         *gates.of_working_tree(chosen.tags.get("digest"), release),
         gates.of_comparison(reports, int(live.version) if live else None),
         *gates.of_decision(params.policy, comment),
+        *([verify.champion(client, live, reports)] if live and params.policy.signed else []),
         *([verify.as_gate(verify.verify(client, chosen, release, reports))] if params.policy.signed else []),
     ]
     if failed := [gate for gate in found if not gate.passed]:
@@ -152,9 +153,14 @@ def number(client: MlflowClient, name: str, alias: str) -> int | None:
     return int(found.version) if found else None
 
 
-def bits_of(version: ModelVersion | None) -> float | None:
-    """Held-out bits per byte that the version was registered with."""
-    return float(version.tags["bits_per_byte"]) if version and "bits_per_byte" in version.tags else None
+def bits_of(version: ModelVersion | None, reports: Path = REPORTS) -> float | None:
+    """Held-out bits per byte that the version was registered with: by its evidence, else, without any, by its tag."""
+    if version is None:
+        return None
+    kept = evidence.folder(reports, version.tags.get("digest", "")) / evidence.CHAT
+    if kept.exists():
+        return stage.read_json(kept, made_by="evaluate")["bits_per_byte"]
+    return float(version.tags["bits_per_byte"]) if "bits_per_byte" in version.tags else None
 
 
 def _of_bytes(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
@@ -188,17 +194,11 @@ def _write(
     version: ModelVersion | None,
 ) -> ModelVersion:
     """Sign the folder and make a version of it, or bring what `version` says of itself up to date."""
-    chat = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")
     facts = lineage.facts(reports)
     facts["seconds"] = tracking.seconds(client, facts["runs"])
     digest = digests.combined(files)
     tags = {
-        "digest": digest,
-        "bits_per_byte": repr(chat["bits_per_byte"]),
-        "git.commit": facts["git"]["commit"],
-        "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
-        **lineage.trained_on(reports),
-        **gates.agreement_tags(reports),
+        **evidence.tags(facts, reports, digest),
         "lineage": json.dumps(facts | {"digests": files}, ensure_ascii=False),
         **signing.sign(params.name, release, reports, files, facts),
     }
@@ -234,7 +234,7 @@ def _move(
     """Move the aliases and leave the release record, which is returned; an existing one is never overwritten."""
     now = datetime.now(UTC)
     stem = f"{name}-v{chosen.version}-{now:%Y-%m-%d}"
-    record = _record(name, chosen, live, action, now)
+    record = _record(name, reports, chosen, live, action, now)
     record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
     tags = decisions.tags(record, reports) | ({REPLACED: live.version} if live else {})
     # a full disk or a dead server: neither alias nor record without the other
@@ -256,7 +256,9 @@ def _free(folder: Path, stem: str) -> Path:
     return next(file for file in names if not file.exists())
 
 
-def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: str, now: datetime) -> dict[str, Any]:
+def _record(
+    name: str, reports: Path, chosen: ModelVersion, live: ModelVersion | None, action: str, now: datetime
+) -> dict[str, Any]:
     """What was decided, by whom, and where the version comes from: as it was registered, not as the working tree is."""
     return {
         "action": action,
@@ -266,7 +268,7 @@ def _record(name: str, chosen: ModelVersion, live: ModelVersion | None, action: 
         "at": now.isoformat(timespec="seconds"),
         "by": repository.person(),
         "digest": chosen.tags.get("digest"),
-        "bits_per_byte": bits_of(chosen),
+        "bits_per_byte": bits_of(chosen, reports),
         "lineage": json.loads(chosen.tags.get("lineage", "{}")),
     }
 

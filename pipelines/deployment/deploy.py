@@ -89,7 +89,7 @@ def _bytes(version: ModelVersion, into: Path) -> Path:
     try:
         return verify.bytes_of(version, RELEASE, into)
     except UserError:
-        md5 = json.loads(version.tags.get("lineage", "{}")).get("dvc", {}).get(verify.EXPORTED)
+        md5 = verify.lineage_of(version).get("dvc", {}).get(verify.EXPORTED)
         if md5 is None:
             raise
         stage.say(f"deploy     fetching version {version.version} from DVC's remote")

@@ -15,15 +15,16 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipelines import tracking
+from pipelines import gates, lineage, stage, tracking
 from pipelines.params import UserError
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
 
 STATEMENT, SIGNATURE, BOM = "statement.json", "model.sig", "bom.cdx.json"
+CHAT = "evaluate-chat.json"  # the report whose bits per byte count
 INPUTS = (Path("dvc.lock"), Path("params.yaml"), Path("data/sources.yaml"))
 
 
@@ -47,6 +48,21 @@ def collect(reports: Path, passports: str, target: Path) -> None:
         files.append(passport)
     for file in files:
         shutil.copyfile(file, target / file.name)
+
+
+def tags(facts: dict[str, Any], reports: Path, digest: str) -> dict[str, str]:
+    """What the registry says of a version, by its facts and reports; those of the evidence say the same.
+
+    facts: `lineage.facts`, or what the statement has of them.
+    """
+    return {
+        "digest": digest,
+        "bits_per_byte": repr(stage.read_json(reports / CHAT, made_by="evaluate")["bits_per_byte"]),
+        "git.commit": facts["git"]["commit"],
+        "git.dirty": str(bool(facts["git"]["uncommitted"])).lower(),
+        **lineage.trained_on(reports),
+        **gates.agreement_tags(reports),
+    }
 
 
 def exists(client: MlflowClient, version: ModelVersion, reports: Path) -> bool:

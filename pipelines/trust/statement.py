@@ -144,5 +144,29 @@ def _text(envelope: Envelope) -> str:
     return json.dumps(envelope.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def facts(statement: dict[str, Any]) -> dict[str, Any]:
+    """`lineage.facts`, `seconds` and `digests` of the files, as a statement has them: of dvc.lock only the data."""
+    build, run = statement["predicate"]["buildDefinition"], statement["predicate"]["runDetails"]
+    named = {one["name"]: one for one in [*build["resolvedDependencies"], *run["byproducts"]]}
+    commit = named["git commit"]
+    runs = {name.removeprefix("run "): one["annotations"] for name, one in named.items() if name.startswith("run ")}
+    return {
+        "git": {
+            "commit": commit.get("digest", {}).get("gitCommit", ""),
+            "uncommitted": commit["annotations"]["uncommitted"],
+        },
+        "dvc": {name: one["digest"]["md5"] for name, one in named.items() if "md5" in one.get("digest", {})},
+        "runs": {label: found["run_id"] for label, found in runs.items()},
+        "seconds": {label: found["seconds"] for label, found in runs.items() if "seconds" in found},
+        "sources": [
+            {"name": name.removeprefix("source ")} | one.get("annotations", {}) | one.get("digest", {})
+            for name, one in named.items()
+            if name.startswith("source ")
+        ],
+        **build["internalParameters"],
+        "digests": {one["name"]: one["digest"]["sha256"] for one in statement["subject"]},
+    }
+
+
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()

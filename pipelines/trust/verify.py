@@ -60,9 +60,11 @@ def verify_anywhere(
 def bytes_of(version: ModelVersion, release: Path, into: Path) -> Path:
     """The folder with the bytes of a version: `release` where dvc.lock names them, else `into`, from DVC's cache.
 
-    Raises `UserError` when DVC's cache has not got them.
+    Raises `UserError` when DVC's cache has not got them, or when nothing says which they are.
     """
-    md5 = json.loads(version.tags.get("lineage", "{}")).get("dvc", {}).get(EXPORTED, "none")
+    md5 = lineage_of(version).get("dvc", {}).get(EXPORTED)
+    if md5 is None:
+        raise UserError(f"the tag lineage of version {version.version} does not say which bytes it has.")
     if md5 == repository.output_hashes().get(EXPORTED) and release.exists():
         return release
     try:
@@ -73,6 +75,34 @@ def bytes_of(version: ModelVersion, release: Path, into: Path) -> Path:
             f"`git checkout {version.tags.get('git.commit', '')[:12]} && dvc pull {EXPORTED}`."
         ) from None
     return into
+
+
+def lineage_of(version: ModelVersion) -> dict[str, Any]:
+    """Where the registry says that a version comes from; nothing where that is no JSON."""
+    try:
+        return dict(json.loads(version.tags.get("lineage", "{}")))
+    except (ValueError, TypeError):
+        return {}
+
+
+def champion(client: MlflowClient, version: ModelVersion, reports: Path) -> Gate:
+    """Whether the registry says of the live version, which others are measured by, what its evidence says."""
+
+    def same() -> str:
+        with tempfile.TemporaryDirectory() as into:
+            folder = evidence.find(client, version, reports, Path(into))
+            return _registered(version, *opened(folder, keys.known(reports / keys.FOLDER)), folder)
+
+    found = _check("champion as signed", same)
+    return Gate(found.name, found.passed, f"version {version.version}: {found.what}")
+
+
+def opened(folder: Path, known: dict[str, keys.Key]) -> tuple[dict[str, Any], keys.Key]:
+    """(statement, its key) of evidence that is sound; raises `ValueError` that says what is wrong."""
+    text = (folder / evidence.STATEMENT).read_bytes().decode(errors="replace")
+    content, key = statement.unseal(text, known, statement.PROVENANCE)
+    _evidence(content, folder)
+    return content, key
 
 
 def as_gate(checks: list[Gate]) -> Gate:
@@ -109,6 +139,7 @@ def _of_evidence(
     yield Gate("statement", True, f"signed with key {key.short}{_who(key)}")
     tag = version.tags.get("signed.statement")
     yield _check("registered statement", lambda: _equal(hashlib.sha256(text).hexdigest(), tag))
+    yield _check("registered facts", lambda: _registered(version, *opened(folder, known), folder))
     yield _check("subject", lambda: _subject(content, files()))
     yield _check("model signature", lambda: _signature(release, folder, key))
     yield _check("evidence", lambda: _evidence(content, folder))
@@ -122,7 +153,7 @@ def _exported(version: ModelVersion, files: dict[str, str], release: Path) -> st
     wanted = version.tags.get("digest")
     if digests.combined(files) == wanted:
         return f"{len(files)} files, digest {wanted[:12]}"
-    registered = json.loads(version.tags.get("lineage", "{}")).get("digests", {})
+    registered = lineage_of(version).get("digests", {})
     raise ValueError(f"{release} is not what was registered: {_difference(files, registered)}")
 
 
@@ -143,6 +174,26 @@ def _equal(found: str, tag: str | None) -> str:
     if found != tag:
         raise ValueError("the registry names another statement; somebody signed again, or changed the tag")
     return f"sha256 {found[:12]}, as the registry says"
+
+
+def _registered(version: ModelVersion, content: dict[str, Any], key: keys.Key, folder: Path) -> str:
+    """The tags that `register` gave the version say what statement and evidence, which are sound, say."""
+    facts = statement.facts(content)
+    wanted = evidence.tags(facts, folder, digests.combined(facts["digests"])) | {"signed.by": key.fingerprint}
+    wrong = [
+        f"the tag {name} is {version.tags.get(name, 'missing')}, signed was {value}"
+        for name, value in wanted.items()
+        if version.tags.get(name) != value
+    ]
+    lineage = lineage_of(version)
+    try:
+        said = statement.facts(statement.build(lineage["digests"], lineage, folder))
+    except (KeyError, TypeError, AttributeError):
+        said = {}
+    wrong += [f"the tag lineage has another `{part}`" for part, value in facts.items() if said.get(part) != value]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}; somebody changed the registry, correct it there")
+    return f"{len(wanted) + 1} tags say what statement and reports say"
 
 
 def _digests(descriptors: list[dict[str, Any]], kind: str = "sha256") -> dict[str, str]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipelines import register, stage, tracking
+from pipelines import digests, register, stage, tracking
 from pipelines.params import UserError, read_yaml
-from pipelines.trust import decisions, evidence, keys, statement
+from pipelines.trust import decisions, evidence, keys, statement, verify
 
 if TYPE_CHECKING:
     from pipelines.tracking import MlflowClient, ModelVersion
@@ -30,21 +30,19 @@ def story(client: MlflowClient, version: ModelVersion, reports: Path) -> dict[st
     with tempfile.TemporaryDirectory() as into:
         folder = evidence.find(client, version, reports, Path(into))
         try:
-            text = (folder / evidence.STATEMENT).read_text(encoding="utf-8")
-            content, key = statement.unseal(text, keys.known(reports / keys.FOLDER), statement.PROVENANCE)
+            content, key = verify.opened(folder, keys.known(reports / keys.FOLDER))
         except ValueError as error:
-            raise UserError(
-                f"the statement of version {version.version}: {error}; `shovel verify` says more."
-            ) from None
+            raise UserError(f"the evidence of version {version.version}: {error}; `shovel verify` says more.") from None
+        facts = statement.facts(content)
         records = decisions.records(version, reports)
         champion = tracking.version_behind(client, version.name, register.CHAMPION)
         return {
             "model": version.name,
             "version": int(version.version),
             "is_champion": champion is not None and champion.version == version.version,
-            "digest": version.tags["digest"],
+            "digest": digests.combined(facts["digests"]),
             "signed_by": key.fingerprint,
-            "commit": version.tags.get("git.commit"),
+            "commit": facts["git"]["commit"],
             "data": _data(content, folder),
             "training": _training(content, folder),
             "result": _result(folder),
@@ -107,7 +105,7 @@ def _comparison(
     if number is None or number == int(version.version):
         return None
     other = register.find(client, version.name, number)
-    found = {"version": number, "bits_per_byte": register.bits_of(other)}
+    found = {"version": number, "bits_per_byte": register.bits_of(other, reports)}
     with tempfile.TemporaryDirectory() as into:
         try:
             theirs = evidence.find(client, other, reports, Path(into))

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenan
 from in_toto_attestation.v1.statement import Statement
 from mlflow import MlflowClient
 
-from pipelines.trust import decisions, keys, statement
+from pipelines import register
+from pipelines.params import UserError, load_params
+from pipelines.trust import decisions, keys, statement, why
 from pipelines.trust.verify import verify
 
 RELEASE, REPORTS = Path("data/models/release"), Path("reports")
@@ -178,6 +181,50 @@ def test_who_signs_everything_again_is_found_out(signed, client, evidence, tmp_p
     (evidence / "statement.json").write_text(sound)
 
 
+@pytest.fixture
+def retag(client) -> Iterator[Callable[..., None]]:
+    """Sets tags of version 1 as somebody does who may write to the registry; afterwards they are as before."""
+    sound = client.get_model_version("shovel-demo", "1").tags
+
+    def change(**tags: str) -> None:
+        for name, value in tags.items():
+            client.set_model_version_tag("shovel-demo", "1", name, value)
+
+    yield change
+    change(**sound)
+
+
+def test_a_tag_that_says_something_else_than_the_evidence_is_found_by_its_name(signed, client, retag) -> None:
+    sound = client.get_model_version("shovel-demo", "1").tags
+    lineage = json.dumps(json.loads(sound["lineage"]) | {"seeds": {"pretrain": 7}})
+    changed = {"bits_per_byte": "0.3", "git.commit": "c" * 40, "device": "npu", "emulated": "true", "lineage": lineage}
+    for name, value in (changed | {"agreement.server": "KL 0", "signed.by": "f" * 64, "passport": "x"}).items():
+        retag(**{name: value})
+        found = checks(signed, client)
+        assert list(found) == ["registered facts"] and f"the tag {name} " in found["registered facts"], name
+        retag(**{name: sound[name]})
+    retag(lineage=json.dumps({}))
+    assert "does not say which bytes it has" in signed.run("shovel", "verify", "1", check=False).stdout
+
+
+def test_a_changed_tag_is_not_told_as_signed_and_measures_no_promotion(signed, client, retag) -> None:
+    bits = signed.read("reports/evaluate-chat.json")["bits_per_byte"]
+    commit = signed.run("git", "rev-parse", "HEAD").stdout.strip()
+    client.create_model_version("shovel-demo", "x", tags=client.get_model_version("shovel-demo", "1").tags)
+    retag(bits_per_byte="9.9", **{"git.commit": "c" * 40})
+    try:
+        with contextlib.chdir(signed.folder):
+            told = why.story(client, client.get_model_version("shovel-demo", "1"), REPORTS)
+            assert told["commit"] == commit and told["result"]["bits_per_byte"] == bits
+            assert register.status(load_params().register_)["champion"]["bits_per_byte"] == bits
+            with pytest.raises(
+                UserError, match=rf"champion as signed \(version 1: the tag bits_per_byte is 9\.9, signed was {bits}"
+            ):
+                register.promote(load_params(), RELEASE, REPORTS, 2)
+    finally:
+        client.delete_model_version("shovel-demo", "2")
+
+
 def test_an_alias_that_was_moved_by_hand_is_no_decision(signed, client) -> None:
     version = client.get_model_version("shovel-demo", "1")
     sealed = version.tags[decisions.SEALED]
@@ -194,7 +241,7 @@ def test_the_decision_and_what_was_said_are_kept(signed, client) -> None:
     record = json.loads(next((signed.folder / "reports/releases").iterdir()).read_text())
     assert record["comment"] == "the first one" and record["by"] == "Grace <ada@example.org>"
     assert record["comments"][0].endswith("Ada <ada@example.org>: samples are what they can be")
-    assert {"name": "signature and lineage", "passed": True, "what": "11 of 11 checks hold"} in record["gates"]
+    assert {"name": "signature and lineage", "passed": True, "what": "12 of 12 checks hold"} in record["gates"]
     tags = client.get_model_version("shovel-demo", "1").tags
     assert tags["decision"].startswith("promoted 20") and tags["decision"].endswith(
         "Grace <ada@example.org>: the first one"
