@@ -238,7 +238,7 @@ def _move(
     record |= {"gates": [asdict(gate) for gate in found], "comment": comment, "comments": decisions.comments(chosen)}
     tags = decisions.tags(record, reports) | ({REPLACED: live.version} if live else {})
     # a full disk or a dead server: neither alias nor record without the other
-    with locks.exclusively(client, name), stage.replacing(_free(reports / "releases", stem)) as fresh:
+    with locks.exclusively(client, name), stage.replacing(_free(reports / decisions.RELEASES, stem)) as fresh:
         _require_unmoved(client, name, live)
         stage.write_json(fresh, record)
         if live:

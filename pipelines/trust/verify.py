@@ -42,7 +42,7 @@ def verify(
         except UserError as error:
             return [*found, Gate("signature", False, str(error))]
         found += _of_evidence(version, release, files, folder, known)
-    return [*found, _check("decision", lambda: decision(version, known, promoted))]
+    return [*found, _check("decision", lambda: decision(version, known, promoted, reports))]
 
 
 def verify_anywhere(
@@ -288,20 +288,27 @@ def _contracts(content: dict[str, Any]) -> str:
     return f"{found['held']} of {found['expectations']} expectations held"
 
 
-def decision(version: ModelVersion, known: dict[str, keys.Key], promoted: bool) -> str:
-    """Who promoted the version after which gates; raises `ValueError` when that is not signed, or a gate had failed."""
-    sealed = version.tags.get(decisions.SEALED)
-    if sealed is None:
+def decision(version: ModelVersion, known: dict[str, keys.Key], promoted: bool, reports: Path) -> str:
+    """Who promoted the version after which gates; raises `ValueError` when that is not signed, or a gate had failed, or
+    when what people read of it was changed.
+    """
+    try:
+        found = decisions.signed(version, known)
+    except ValueError as error:
+        raise ValueError(f"the signed release record: {error}") from None
+    kept = all([decisions.is_kept(record, reports) for record, _ in found])
+    said = [decisions.sentence(record) for record, _ in found]
+    if found and version.tags.get("decision") not in said:
+        raise ValueError(
+            f"the tag decision is {version.tags.get('decision', 'missing')}, signed was {' and '.join(said)}"
+        )
+    record, key = next(((record, key) for record, key in found if record["action"] == "promote"), (None, None))
+    if record is None:
         if promoted:
             raise ValueError(f"nobody promoted version {version.version} through the gates; use `shovel promote`")
         return "not promoted yet"
-    try:
-        content, key = statement.unseal(sealed, known, decisions.RECORD)
-    except ValueError as error:
-        raise ValueError(f"the signed release record: {error}") from None
-    record = content["predicate"]
-    if record["digest"] != version.tags.get("digest"):
-        raise ValueError("the signed release record is about another model")
     if wrong := [gate["name"] for gate in record["gates"] if not gate["passed"]]:
         raise ValueError(f"gates had not passed: {', '.join(wrong)}")
-    return f"promoted {record['at']} by {record['by']}, {len(record['gates'])} gates passed, signed with {key.short}"
+    what = f"{len(record['gates'])} gates passed, signed with key {key.short}"
+    missing = "" if kept else f"; {reports / decisions.RELEASES} has no record of it, which `git pull` may bring"
+    return f"promoted {record['at']} by {record['by']}, {what}{missing}"

@@ -2,7 +2,7 @@
 
     shovel why 3            and --json for programs
 
-Everything comes from the version's evidence and its release records; `shovel verify` checks that both are genuine.
+Everything comes from the version's signed evidence and release records; `shovel verify` checks more of them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ def story(client: MlflowClient, version: ModelVersion, reports: Path) -> dict[st
     """Everything there is to tell, JSON-able. Raises `UserError` when the version has no evidence or a forged one."""
     with tempfile.TemporaryDirectory() as into:
         folder = evidence.find(client, version, reports, Path(into))
+        known = keys.known(reports / keys.FOLDER)
         try:
-            content, key = verify.opened(folder, keys.known(reports / keys.FOLDER))
+            content, key = verify.opened(folder, known)
+            records = decisions.records(version, reports, known)
         except ValueError as error:
-            raise UserError(f"the evidence of version {version.version}: {error}; `shovel verify` says more.") from None
+            raise UserError(
+                f"evidence or release record of version {version.version}: {error}; `shovel verify` says more."
+            ) from None
         facts = statement.facts(content)
-        records = decisions.records(version, reports)
+        signed = [record for record in records if record.get("signed", True)]
         champion = tracking.version_behind(client, version.name, register.CHAMPION)
         return {
             "model": version.name,
@@ -46,8 +50,8 @@ def story(client: MlflowClient, version: ModelVersion, reports: Path) -> dict[st
             "data": _data(content, folder),
             "training": _training(content, folder),
             "result": _result(folder),
-            "comparison": _comparison(client, version, reports, folder, records),
-            "gates": records[-1]["gates"] if records else [],
+            "comparison": _comparison(client, version, reports, folder, signed),
+            "gates": signed[-1]["gates"] if signed else [],
             "decisions": [decisions.sentence(record) for record in records],
             "comments": decisions.comments(version),
         }

@@ -248,6 +248,39 @@ def test_the_decision_and_what_was_said_are_kept(signed, client) -> None:
     )
 
 
+def test_a_release_record_that_was_changed_or_lost_is_found_and_why_tells_the_signed_one(signed, client) -> None:
+    file = next((signed.folder / "reports/releases").iterdir())
+    sound = file.read_text()
+    forged = json.loads(sound) | {"by": "Mallory", "bits_per_byte": 0.5}
+
+    def told() -> list[str]:
+        with contextlib.chdir(signed.folder):
+            return why.story(client, client.get_model_version("shovel-demo", "1"), REPORTS)["decisions"]
+
+    before = told()
+    try:
+        file.write_text(json.dumps(forged))
+        assert "another bits_per_byte, by than the signed release record" in checks(signed, client)["decision"]
+        assert told() == before
+        file.write_text(json.dumps(forged | {"at": "2026-01-01T00:00:00+00:00"}))
+        assert told() == ["promoted 2026-01-01 00:00 by Mallory: the first one (no signature of it is kept)", *before]
+        file.unlink()
+        assert "has no record of it" in signed.run("shovel", "verify", "1").stdout, "it may come with `git pull`"
+        file.write_text(sound)
+        signed.commit("released")
+        file.unlink()
+        fix = f"`git checkout HEAD reports/releases/{file.name}` brings it back"
+        assert checks(signed, client)["decision"].endswith(f"{file.name} was deleted or changed; {fix}")
+    finally:
+        file.write_text(sound)
+
+
+def test_the_tag_that_people_read_says_what_was_signed(signed, client, retag) -> None:
+    retag(decision="promoted 2026-01-01 00:00 by Mallory")
+    found = checks(signed, client)["decision"]
+    assert "the tag decision is promoted 2026-01-01 00:00 by Mallory, signed was promoted" in found
+
+
 def test_why_tells_the_story_on_one_screen(signed) -> None:
     told = json.loads(signed.run("shovel", "why", "--json").stdout)
     assert told["is_champion"] and told["training"]["seeds"] == {"pretrain": 0, "finetune": 0}
