@@ -97,12 +97,17 @@ def of_working_tree(digest: str | None, release: Path) -> list[Gate]:
     loose = repository.uncommitted_sources()
     state = ", ".join(loose[:3]) + (" ..." if len(loose) > 3 else "") + " not committed" if loose else "it is"
     same = digests.of_folder(release) == digest
-    stale = repository.stale_stages()
     return [
         Gate("everything committed but dvc.lock and reports/", not loose, state),
         Gate("digest", same, f"{release} {'is' if same else 'is not'} what was registered"),
-        Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}"),
+        in_step(),
     ]
+
+
+def in_step() -> Gate:
+    """Whether reports and model are those that dvc.lock names."""
+    stale = repository.stale_stages()
+    return Gate("reports and model in step", not stale, f"`dvc status` names {', '.join(stale) or 'no stage'}")
 
 
 def of_decision(policy: Policy, comment: str) -> list[Gate]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import digests, gates, live, register, tracking
 from pipelines.params import Params, UserError
+from pipelines.trust import verify
 from pipelines.workbench import graph
 from pipelines.workbench.runs import Run
 
@@ -115,12 +116,22 @@ def review(params: Params, which: int | str | None) -> Review:
     found = register.version(params.register_, which or next(a for a in _ORDER if a in known))
     about = _described(params, found)
     mine = (RELEASE / "config.json").exists() and digests.of_folder(RELEASE) == about.digest
-    champion = known.get(register.CHAMPION)
-    bits = champion["bits_per_byte"] if champion and champion["version"] != about.version else None
-    conditions = gates.of_reports(params, REPORTS, bits) if mine else []
+    conditions = _conditions(params, found) if mine else []
     rows = {gate.name: {"holds": gate.passed, "found": gate.what} for gate in conditions}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["holds", "found"])
     return Review(about, table, _page(found, mine))
+
+
+def _conditions(params: Params, found: Any) -> list[gates.Gate]:
+    """The gates of a promotion that reports, dvc.lock and registry decide; the champion is not compared with itself."""
+    client = tracking.connect()
+    live = tracking.version_behind(client, found.name, register.CHAMPION)
+    other = live if live and live.version != found.version else None
+    return [
+        *gates.of_reports(params, REPORTS, register.bits_of(other)),
+        gates.in_step(),
+        *([verify.champion(client, other, REPORTS)] if other and params.policy.signed else []),
+    ]
 
 
 _ORDER = (register.CHALLENGER, register.CHAMPION, register.PREVIOUS)

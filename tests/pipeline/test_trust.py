@@ -275,6 +275,22 @@ def test_a_release_record_that_was_changed_or_lost_is_found_and_why_tells_the_si
         file.write_text(sound)
 
 
+def test_a_review_tells_that_a_report_is_not_what_dvc_lock_names(signed) -> None:
+    report = signed.folder / "reports/evaluate-chat.json"
+    sound = report.read_text()
+
+    def failing() -> dict[str, str]:
+        rows = json.loads(signed.run("shovel", "review", "1", "--json").stdout)["gates"]
+        return {row["gate"]: row["found"] for row in rows if not row["holds"]}
+
+    assert failing() == {}
+    report.write_text(json.dumps(json.loads(sound) | {"bits_per_byte": 0.896}))
+    try:
+        assert "evaluate@chat" in failing()["reports and model in step"]
+    finally:
+        report.write_text(sound)
+
+
 def test_the_tag_that_people_read_says_what_was_signed(signed, client, retag) -> None:
     retag(decision="promoted 2026-01-01 00:00 by Mallory")
     found = checks(signed, client)["decision"]
