@@ -2,6 +2,9 @@
 
     shovel verify 3            one line a check, exit code 1 when one fails
 
+Where the registry does not answer, or knows no version, the model in data/models/release is checked against the
+evidence that git keeps, and what only the registry knows is named as not checked.
+
 `verify` is for other programs too: `pipelines.deployment.deploy` serves nothing that does not pass.
 """
 
@@ -55,6 +58,21 @@ def verify_anywhere(
         except UserError as error:
             return [Gate("exported files", False, str(error))]
         return verify(client, version, folder, reports, promoted)
+
+
+def verify_bytes(release: Path, reports: Path) -> list[Gate]:
+    """The checks that need no registry, of the model in `release`, by the evidence that git keeps of its bytes.
+
+    Raises `UserError` when no model is there.
+    """
+    files = digests.of_files(release)
+    folder = evidence.folder(reports, digests.combined(files))
+    if not (folder / evidence.STATEMENT).exists():
+        fix = (
+            f"`dvc checkout -f {EXPORTED}` brings back what dvc.lock names, `shovel register` signs a model of your own"
+        )
+        return [Gate("exported files", False, f"nobody signed what lies in {release}, {folder} is missing; {fix}")]
+    return [*_of_evidence(None, release, lambda: files, folder, keys.known(reports / keys.FOLDER))]
 
 
 def bytes_of(version: ModelVersion, release: Path, into: Path) -> Path:
@@ -123,13 +141,16 @@ def _check(name: str, function: Callable[[], str]) -> Gate:
 
 
 def _of_evidence(
-    version: ModelVersion,
+    version: ModelVersion | None,
     release: Path,
     files: Callable[[], dict[str, str]],
     folder: Path,
     known: dict[str, keys.Key],
 ) -> Iterator[Gate]:
-    """The checks that the evidence allows; without a sound statement there are no others."""
+    """The checks that the evidence allows; without a sound statement there are no others.
+
+    version: None where the registry is not to be asked.
+    """
     text = (folder / evidence.STATEMENT).read_bytes()
     try:
         content, key = statement.unseal(text.decode(errors="replace"), known, statement.PROVENANCE)
@@ -137,9 +158,10 @@ def _of_evidence(
         yield Gate("statement", False, f"{folder / evidence.STATEMENT}: {error}")
         return
     yield Gate("statement", True, f"signed with key {key.short}{_who(key)}")
-    tag = version.tags.get("signed.statement")
-    yield _check("registered statement", lambda: _equal(hashlib.sha256(text).hexdigest(), tag))
-    yield _check("registered facts", lambda: _registered(version, *opened(folder, known), folder))
+    if version:
+        tag = version.tags.get("signed.statement")
+        yield _check("registered statement", lambda: _equal(hashlib.sha256(text).hexdigest(), tag))
+        yield _check("registered facts", lambda: _registered(version, *opened(folder, known), folder))
     yield _check("subject", lambda: _subject(content, files()))
     yield _check("model signature", lambda: _signature(release, folder, key))
     yield _check("evidence", lambda: _evidence(content, folder))

@@ -321,6 +321,23 @@ def test_the_registry_tells_where_evidence_lies_when_git_has_none(signed, client
         kept.rename(signed.folder / "reports/evidence")
 
 
+def test_without_a_registry_bytes_and_evidence_are_checked_and_the_rest_is_named(signed, tmp_path) -> None:
+    """A fresh clone after `dvc pull`, whose registry is empty, and a tracking server that is down."""
+    empty = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/empty.db"}
+    told = signed.run("shovel", "verify", "1", **empty).stdout
+    assert "data/models/release, whatever its number: every check holds that needs no registry" in told
+    assert "holds  model signature" in told and "registered" not in told
+    assert "not checked  version number, alias, tags and signed decision: the registry has no version" in told
+    down = json.loads(signed.run("shovel", "verify", "--json", MLFLOW_TRACKING_URI="http://127.0.0.1:9").stdout)
+    assert down["passed"] and len(down["checks"]) == 8 and "does not answer" in down["not_checked"]
+    (signed.folder / "data/models/release/extra.txt").write_text("x")
+    try:
+        changed = signed.run("shovel", "verify", "1", check=False, **empty)
+        assert changed.returncode == 1 and "FAILS  exported files: nobody signed what lies in" in changed.stdout
+    finally:
+        (signed.folder / "data/models/release/extra.txt").unlink()
+
+
 def test_a_version_that_was_registered_too_early_is_signed_again(signed, client, tmp_path) -> None:
     clone = signed.copy(tmp_path / "early")
     uri = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/other.db"}
