@@ -436,7 +436,11 @@ def test_the_port_is_open_while_the_model_is_loaded(folder: Path, tmp_path: Path
         found.append(httpx.get(f"{address}/health"))
         signal.raise_signal(signal.SIGINT)
 
-    run(manager, PARAMS, "127.0.0.1", port, usage=tmp_path / "usage.db", begin=begin)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        run(manager, PARAMS, "127.0.0.1", port, usage=tmp_path / "usage.db", begin=begin)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [answer.status_code for answer in found] == [503, 200] and found[0].json() == {"status": "loading"}
     assert "the server has ended" in capsys.readouterr().err and manager.current is None
     with pytest.raises(UserError, match="no champion"):
