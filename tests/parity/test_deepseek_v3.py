@@ -83,7 +83,7 @@ def test_logits_and_gradients_equal(config: ModelConfig, tmp_path_factory: pytes
     theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(0, config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(0))
     mine, margin = _logits_and_margin(ours, ids)
-    assume(margin > 1e-6)
+    assume(not margin <= 1e-6)  # what is no number goes on, and fails
     other = theirs(ids).logits
     assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
 
