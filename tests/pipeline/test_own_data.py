@@ -40,14 +40,14 @@ def duplicated(project) -> None:
 
 
 def leaked(project) -> None:
-    """Half of an evaluation source lies in the training text, each inside a longer file."""
+    """One of two documents of an evaluation source lies in the training text, inside a longer file."""
     exam = project.folder / "data/own/exam"
     exam.mkdir()
-    for number, path in enumerate(modules(project)[:8]):
-        path.rename(exam / path.name)
-        if number % 2:
-            whole = "# Preface.\n" + (exam / path.name).read_text() + "\n# Epilogue.\n"
-            (project.folder / "data/own/code" / f"notes_{number}.py").write_text(whole)
+    for name in ("known", "unknown"):
+        lines = [f"{name}_{n} = {name}_{n * n} + len('question {n} of the {name} exam')" for n in range(60)]
+        (exam / f"{name}.py").write_text("\n".join(lines) + "\n")
+    whole = "# Preface.\n" + (exam / "known.py").read_text() + "\n# Epilogue.\n"
+    (project.folder / "data/own/code/notes.py").write_text(whole)
     exam_entry = OWN | {"name": "exam", "path": "data/own/exam", "language": "code", "use": "eval"}
     project.set_sources(*entries(project), exam_entry)
 
@@ -59,7 +59,7 @@ def leaked(project) -> None:
             duplicated,
             "raw documents are rarely copies of one another (share of the worst source, code); found 0.5, limit",
         ),
-        (leaked, "13-word runs that training text knows (share of the worst source, exam); found 0."),
+        (leaked, "13-word runs that training text knows (share of the worst source, exam); found 0.5"),
     ],
 )
 def test_poison_is_stopped_before_training(restored, poison, sentence: str) -> None:
