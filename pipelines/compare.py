@@ -1,56 +1,22 @@
 """Two models side by side for the person who decides: figures with intervals, samples, settings, data.
 
 The other model's figures come from its evidence (pipelines/trust/evidence.py), so a champion that somebody else trained
-can be compared too. Where both scored the same held-out documents the difference is taken document by document: what
-makes a document hard is then the same for both, and a much smaller difference shows.
+can be compared too.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from pipelines import lineage, register, stage, tracking
-from pipelines.bootstrap import interval
+from pipelines import lineage, paired, register, stage, tracking
 from pipelines.params import Register, read_yaml
 from pipelines.trust import evidence
 
 VARIANTS = ("base", "chat")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Ours minus theirs in bits per byte over documents that both have scored, with its 95 % interval."""
-
-    documents: int
-    value: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """What the interval allows to say; lower is better."""
-        if self.low == self.high == 0:
-            return "the same"
-        if self.low <= 0 <= self.high:
-            return "no difference that these documents can show"
-        return "better" if self.high < 0 else "worse"
-
-
-def difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> Difference | None:
-    """Of two tables with the columns sha256, bytes and nats; None when they share fewer than two documents."""
-    both = ours.merge(theirs[["sha256", "nats"]], on="sha256", suffixes=("", "_theirs"))
-    if len(both) < 2:
-        return None
-    parts, sizes = (both["nats"] - both["nats_theirs"]).to_numpy(), both["bytes"].to_numpy()
-    low, high = interval(parts, sizes) / math.log(2)
-    return Difference(len(both), float(parts.sum() / sizes.sum() / math.log(2)), float(low), float(high))
 
 
 def with_live(params: Register, reports: Path, digest: str) -> dict[str, Any] | None:
@@ -95,8 +61,8 @@ def side_by_side(ours: Path, theirs: Path) -> dict[str, Any]:
 def summary(comparison: dict[str, Any] | None) -> dict[str, Any]:
     """The paired difference of the chat models, for reports/review.json; empty where there is none."""
     rows = {row["name"]: row["paired"] for row in comparison["figures"]} if comparison else {}
-    paired = rows.get("bits per byte, chat")
-    return {"paired": asdict(paired) | {"verdict": paired.verdict, "version": comparison["version"]}} if paired else {}
+    found = rows.get("bits per byte, chat")
+    return {"paired": asdict(found) | {"verdict": found.verdict, "version": comparison["version"]}} if found else {}
 
 
 def _report(folder: Path, variant: str) -> dict[str, Any]:
@@ -108,9 +74,8 @@ def _figures(mine: dict[str, Any], other: dict[str, Any], ours: Path, theirs: Pa
     rows = []
     for name in VARIANTS:
         a, b = mine[name], other[name]
-        rows.append(
-            _row(f"bits per byte, {name}", a, b, "bits_per_byte", "ci95") | {"paired": _paired(ours, theirs, name)}
-        )
+        found = paired.difference(paired.documents(ours / "plots", name), paired.documents(theirs, name))
+        rows.append(_row(f"bits per byte, {name}", a, b, "bits_per_byte", "ci95") | {"paired": found})
     a, b = mine["chat"], other["chat"]
     if a["assistant_tokens"] and b["assistant_tokens"]:
         rows.append(_row("perplexity of answers", a, b, "assistant_perplexity", "assistant_ci95"))
@@ -121,11 +86,6 @@ def _figures(mine: dict[str, Any], other: dict[str, Any], ours: Path, theirs: Pa
 def _row(name: str, ours: dict[str, Any], theirs: dict[str, Any], key: str, ends: str) -> dict[str, Any]:
     row = {"name": name, "ours": ours[key], "theirs": theirs[key], "paired": None, "digits": 1 if ours[key] > 10 else 3}
     return row | {"ours_ci": ours.get(ends), "theirs_ci": theirs.get(ends)}
-
-
-def _paired(ours: Path, theirs: Path, variant: str) -> Difference | None:
-    files = [ours / "plots" / f"documents-{variant}.csv", theirs / f"documents-{variant}.csv"]
-    return difference(*map(pd.read_csv, files)) if all(file.exists() for file in files) else None
 
 
 def _sources(mine: dict[str, Any], other: dict[str, Any], ours: Path, theirs: Path) -> list[dict[str, Any]]:

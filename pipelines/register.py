@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import digests, gates, lineage, locks, repository, stage, summary, tracking
+from pipelines import digests, gates, lineage, locks, paired, repository, stage, summary, tracking
 from pipelines.params import Params, Register, UserError, load_params
 from pipelines.trust import decisions, evidence, signing, verify
 
@@ -65,7 +66,7 @@ def promote(
     if live and int(live.version) == int(chosen.version):
         return {"version": int(chosen.version), "unchanged": True}
     found = [
-        *gates.of_reports(params, reports, bits_of(live, reports)),
+        *gates.of_reports(params, reports, measured(client, live, reports)),
         *gates.of_working_tree(chosen.tags.get("digest"), release),
         gates.of_comparison(reports, int(live.version) if live else None),
         *gates.of_decision(params.policy, comment),
@@ -161,6 +162,18 @@ def bits_of(version: ModelVersion | None, reports: Path = REPORTS) -> float | No
     if kept.exists():
         return stage.read_json(kept, made_by="evaluate")["bits_per_byte"]
     return float(version.tags["bits_per_byte"]) if "bits_per_byte" in version.tags else None
+
+
+def measured(client: MlflowClient, live: ModelVersion | None, reports: Path) -> gates.Champion | None:
+    """What the live version was registered with: of its evidence, else, without any, of its tags. None without one."""
+    if live is None:
+        return None
+    with tempfile.TemporaryDirectory() as into:
+        try:
+            documents = paired.documents(evidence.find(client, live, reports, Path(into)), "chat")
+        except UserError:
+            documents = None
+    return gates.Champion(int(live.version), bits_of(live, reports), documents)
 
 
 def _of_bytes(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:

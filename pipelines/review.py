@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from model.config import ModelConfig
-from pipelines import compare, digests, figures, gates, lineage, models, pages, register, stage
+from pipelines import compare, digests, figures, gates, lineage, models, pages, register, stage, tracking
 from pipelines.params import Params, Register, UserError
 from pipelines.tracking import Run
 
@@ -30,7 +30,7 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
     content = _reports(reports)
     digest = digests.of_folder(release)
     champion, comparison, note = _champion(params.register_, reports, digest)
-    found = gates.of_reports(params, reports, champion.get("bits_per_byte"))
+    found = gates.of_reports(params, reports, champion)
     facts = lineage.facts(reports)
     config = ModelConfig.from_dict(json.loads((release / "config.json").read_text(encoding="utf-8")))
     pages.write(
@@ -56,10 +56,8 @@ def review(params: Params, release: Path, reports: Path, page: Path, run: Run | 
             run.artifact(file, "plots" if file.suffix == ".csv" else "")
     held = sum(gate.passed for gate in found)
     stage.say(f"review     {page}: {held} of {len(found)} gates hold")
-    bits = content["chat"]["bits_per_byte"]
-    delta = {"bits_per_byte_minus_champion": bits - champion["bits_per_byte"]} if champion else {}
-    counts = {"gates_passed": held, "gates_total": len(found), "compared_with": champion.get("version")}
-    return counts | delta | compare.summary(comparison)
+    counts = {"gates_passed": held, "gates_total": len(found), "compared_with": champion and champion.version}
+    return counts | compare.summary(comparison)
 
 
 def _reports(reports: Path) -> dict[str, Any]:
@@ -70,14 +68,15 @@ def _reports(reports: Path) -> dict[str, Any]:
     return content
 
 
-def _champion(params: Register, reports: Path, digest: str) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
+def _champion(params: Register, reports: Path, digest: str) -> tuple[gates.Champion | None, dict[str, Any] | None, str]:
     """(the live version's figures, the comparison with it, or else the reason why there is none)"""
     try:
-        live = register.status(params).get(register.CHAMPION)
+        client = tracking.connect()
+        live = register.measured(client, tracking.version_behind(client, params.name, register.CHAMPION), reports)
     except Exception as error:  # noqa: BLE001  the page must come about without a tracking server
-        return {}, None, f"the registry could not be asked ({type(error).__name__})"
-    if not live:
-        return {}, None, "there is no champion yet"
+        return None, None, f"the registry could not be asked ({type(error).__name__})"
+    if live is None:
+        return None, None, "there is no champion yet"
     try:
         return live, _drawn(compare.with_live(params, reports, digest)), "this model is the only one so far"
     except UserError as error:

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from pipelines import digests, register, stage, tracking
+from pipelines import compare, digests, paired, register, stage, tracking
 from pipelines.params import UserError, read_yaml
 from pipelines.trust import decisions, evidence, keys, statement, verify
 
@@ -120,15 +118,12 @@ def _comparison(
 
 def _paired(folder: Path, theirs: Path) -> dict[str, Any]:
     """What was changed, and the difference on the documents that both have scored."""
-    from pipelines.compare import difference, settings  # torch, three seconds of import
-
-    changed = settings(*(read_yaml(side / "params.yaml") for side in (folder, theirs)))
-    files = [side / "documents-chat.csv" for side in (folder, theirs)]
-    paired = difference(*map(pd.read_csv, files)) if all(file.exists() for file in files) else None
-    if paired is None:
+    changed = compare.settings(*(read_yaml(side / "params.yaml") for side in (folder, theirs)))
+    found = paired.difference(*(paired.documents(side, "chat") for side in (folder, theirs)))
+    if found is None:
         return {"settings": changed}
-    ends = {"settings": changed, "difference": paired.value, "ci95": [paired.low, paired.high]}
-    return ends | {"documents": paired.documents, "verdict": paired.verdict}
+    ends = {"settings": changed, "difference": found.value, "ci95": [found.low, found.high]}
+    return ends | {"documents": found.documents, "verdict": found.verdict}
 
 
 def lines(told: dict[str, Any]) -> list[str]:
@@ -208,7 +203,7 @@ def _against(comparison: dict[str, Any] | None, decided: bool) -> str:
     if "verdict" not in comparison:
         return text + bits
     low, high = comparison["ci95"]
-    paired = (
+    difference = (
         f"{comparison['difference']:+.3f} ({low:+.3f} to {high:+.3f}) on {comparison['documents']} documents of both"
     )
-    return f"{text}{bits}; {paired}: {comparison['verdict']}"
+    return f"{text}{bits}; {difference}: {comparison['verdict']}"

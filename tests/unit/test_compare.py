@@ -1,13 +1,17 @@
-"""Two models on the same documents: the difference and its interval beside SciPy's bootstrap, and what changed."""
+"""Two models on the same documents: their difference beside SciPy's bootstrap, its gate, and what changed."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import bootstrap
 
-from pipelines.compare import difference, settings
+from pipelines import gates
+from pipelines.compare import settings
+from pipelines.paired import difference
 
 
 def table(seed: int, shift: float = 0.0, documents: int = 60) -> pd.DataFrame:
@@ -48,6 +52,27 @@ def test_only_documents_of_both_count() -> None:
     assert difference(table(1), table(1)).verdict == "the same"
     assert difference(table(1)[:40], table(2)[30:]).documents == 10
     assert difference(table(1)[:30], table(2)[30:]) is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "their_bits", "passes", "words"),
+    [
+        (table(2)[:40], 0.5, True, "-0.0"),  # their average is of easier documents, these they find harder
+        (table(1, -0.1)[:40], 9.0, False, "+0.050 against the champion on the 40 documents of both"),
+        (table(2).assign(sha256="none of ours"), 9.0, True, "the champion has 9.000 on other documents"),
+        (table(2).assign(sha256="none of ours"), 0.5, False, "the champion has 0.500 on other documents"),
+        (None, 0.5, False, "the champion has 0.500 on other documents"),
+    ],
+)
+def test_the_champion_is_measured_on_the_documents_of_both(
+    tmp_path: Path, theirs: pd.DataFrame | None, their_bits: float, passes: bool, words: str
+) -> None:
+    ours = table(1, -0.05)
+    (tmp_path / "evaluate-chat.json").write_text(json.dumps({"bits_per_byte": 1.5}))
+    (tmp_path / "plots").mkdir()
+    ours.to_csv(tmp_path / "plots/documents-chat.csv", index=False)
+    gate = gates._not_worse(tmp_path, gates.Champion(1, their_bits, theirs), 0.02)
+    assert gate.passed == passes and words in gate.what, gate
 
 
 def test_settings_that_differ_are_named_by_their_path() -> None:
