@@ -53,7 +53,7 @@ def of_reports(params: Params, reports: Path, champion: Champion | None) -> list
 
 
 def _not_worse(reports: Path, champion: Champion | None, margin: float) -> Gate:
-    """On the documents that both have scored; where there are none, by two averages of different documents."""
+    """On the documents that both have scored; with fewer than two of them, by the average of each on its own."""
     name = "not worse than the champion"
     bits = stage.read_json(reports / "evaluate-chat.json", made_by="evaluate")["bits_per_byte"]
     what = f"{bits:.3f} bits per byte held out"
@@ -61,10 +61,7 @@ def _not_worse(reports: Path, champion: Champion | None, margin: float) -> Gate:
         return Gate(name, math.isfinite(bits), f"{what}; there is no champion to compare with")
     both = paired.difference(paired.documents(reports / "plots", "chat"), champion.documents)
     if both is None:
-        worse, against = (
-            bits - champion.bits_per_byte,
-            f"the champion has {champion.bits_per_byte:.3f} on other documents",
-        )
+        worse, against = bits - champion.bits_per_byte, f"the champion has {champion.bits_per_byte:.3f} on its own"
     else:
         worse, against = both.value, f"{both.value:+.3f} against the champion on the {both.documents} documents of both"
     return Gate(name, worse <= margin, f"{what}; {against}, the margin is {margin:g}")

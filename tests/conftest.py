@@ -52,7 +52,7 @@ SMALL = {
     },
     "finetune": {"steps": 6, "batch_tokens": 256, "sequence_length": 64, "checkpoint_every": 2},
     "agreement": {"documents": 8, "float32": {"kl": 2e-7, "top1_agreement": 0.95, "difference": 0.1}},
-    "evaluate": {"sequence_length": 64, "max_bytes": 20_000, "sample_tokens": 4},
+    "evaluate": {"sequence_length": 64, "max_bytes": 60_000, "sample_tokens": 4},
 }
 MODEL = {
     "preset": "demo", "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,

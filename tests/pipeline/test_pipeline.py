@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
@@ -219,6 +220,10 @@ def test_a_second_version_rollback_and_previous(project, client) -> None:
     project.commit("second model")
     project.run("shovel", "register")
     project.run("shovel", "promote")
+    record = json.loads(next(project.folder.glob("reports/releases/*-v2-*.json")).read_text())
+    documents = len(pd.read_csv(project.folder / "reports/plots/documents-chat.csv"))
+    against = next(gate["what"] for gate in record["gates"] if gate["name"] == "not worse than the champion")
+    assert f"against the champion on the {documents} documents of both, the margin is 5" in against
     assert int(client.get_model_version_by_alias("shovel-demo", "champion").version) == 2
     assert int(client.get_model_version_by_alias("shovel-demo", "previous").version) == 1
     project.run("shovel", "rollback")

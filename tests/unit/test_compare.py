@@ -59,9 +59,9 @@ def test_only_documents_of_both_count() -> None:
     [
         (table(2)[:40], 0.5, True, "-0.0"),  # their average is of easier documents, these they find harder
         (table(1, -0.1)[:40], 9.0, False, "+0.050 against the champion on the 40 documents of both"),
-        (table(2).assign(sha256="none of ours"), 9.0, True, "the champion has 9.000 on other documents"),
-        (table(2).assign(sha256="none of ours"), 0.5, False, "the champion has 0.500 on other documents"),
-        (None, 0.5, False, "the champion has 0.500 on other documents"),
+        (table(2).assign(sha256="none of ours"), 9.0, True, "the champion has 9.000 on its own"),
+        (table(2).assign(sha256="none of ours"), 0.5, False, "the champion has 0.500 on its own"),
+        (None, 0.5, False, "the champion has 0.500 on its own"),
     ],
 )
 def test_the_champion_is_measured_on_the_documents_of_both(
