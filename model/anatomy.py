@@ -9,14 +9,13 @@ Shapes: B rows (1 here), S tokens, N residual streams, D channels, H heads, T co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from moe_kernels.reference.hyper_connection import projected
 from moe_kernels.reference.sinkhorn import sinkhorn
 from torch import Tensor
 
-from model.compressed_attention import CompressedAttention, best
+from model.compressed_attention import CompressedAttention, top_k_mask
 from model.context import Context
 from model.hyper_connections import HyperConnection
 
@@ -71,25 +70,16 @@ def sinkhorn_errors(weights: StreamWeights, iterations: int, eps: float) -> list
 
 @torch.no_grad()
 def attention_parts(attention: CompressedAttention, x_1SD: Tensor, context: Context) -> AttentionParts:
-    """Run the layer on its normalised input and say what each token looked at."""
-    seen: dict[str, Any] = {}
-    attend = attention._attend
-
-    def record(q_BSHD: Tensor, kv_BSD: Tensor, entries_BTD: Tensor, visible_BST: Tensor, *rest: Any) -> Any:
-        seen.update(q=q_BSHD[0], kv=kv_BSD[0], entries=entries_BTD[0], chosen=visible_BST[0])
-        return attend(q_BSHD, kv_BSD, entries_BTD, visible_BST, *rest)
-
-    attention._attend = record  # type: ignore[method-assign]
-    try:
-        attention(x_1SD, context, "anatomy")
-    finally:
-        del attention._attend
-    near_SS, far_ST, sink_S = _probabilities(attention, seen["q"], seen["kv"], seen["entries"], seen["chosen"])
+    """What each token looks at when the layer gets its normalised input."""
+    query_1SR, q_1SHD, kv_1SD = attention.queries_and_keys(x_1SD, context)
+    entries_1TD, chosen_1ST, _ = attention.entries(x_1SD, query_1SR, context, "anatomy")
+    near_SS, far_ST, sink_S = _probabilities(attention, q_1SHD[0], kv_1SD[0], entries_1TD[0], chosen_1ST[0])
     compressor = getattr(attention, "compressor", None)
     rate = compressor.rate if compressor else 0
-    visible_ST = context.blocks(rate).visible_BST[0] if rate else seen["chosen"]
-    scores_ST = _scores(attention, x_1SD, context, visible_ST)
-    return AttentionParts(near_SS, far_ST, sink_S, visible_ST, seen["chosen"], scores_ST, rate)
+    visible_1ST = context.blocks(rate).visible_BST if rate else chosen_1ST
+    indexer = getattr(compressor, "indexer", None)
+    scores_ST = indexer.scores(x_1SD, query_1SR, visible_1ST, context, "anatomy")[0] if indexer else None
+    return AttentionParts(near_SS, far_ST, sink_S, visible_1ST[0], chosen_1ST[0], scores_ST, rate)
 
 
 def _probabilities(
@@ -108,16 +98,8 @@ def _probabilities(
     return near_SS, far_ST, sink_S1.squeeze(-1)
 
 
-def _scores(attention: CompressedAttention, x_1SD: Tensor, context: Context, visible_ST: Tensor) -> Tensor | None:
-    indexer = getattr(getattr(attention, "compressor", None), "indexer", None)
-    if indexer is None:
-        return None
-    query_1SR = attention.q_a_norm(attention.q_a_proj(x_1SD))
-    return indexer.scores(x_1SD, query_1SR, visible_ST[None], context, "anatomy")[0]
-
-
 def recall(dense: AttentionParts, count: int) -> Tensor:
     """Share of the entries' attention that lies on the indexer's best `count`, [S]; of parts made with sparse=False."""
     assert dense.scores_ST is not None
-    kept_S = (dense.far_ST * best(dense.scores_ST, count)).sum(dim=-1)
+    kept_S = (dense.far_ST * top_k_mask(dense.scores_ST, count)).sum(dim=-1)
     return kept_S / dense.far_ST.sum(dim=-1).clamp(min=1e-20)

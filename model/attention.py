@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from moe_kernels import attention, decode_latent_attention, rotate
+from moe_kernels.reference.attention import masked_attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.context import Context, Rotation
@@ -58,7 +58,7 @@ class LatentAttention(nn.Module):
             documents_BS = None if context.one_document else context.first_BS
             out_BSHV = attention(q_BSHQ, k_BTHQ, v_BTHV, self.scale, documents_BS)
         else:
-            out_BSHV = _attend(q_BSHQ, k_BTHQ, v_BTHV, mask, self.scale)
+            out_BSHV = masked_attention(q_BSHQ, k_BTHQ, v_BTHV, self.scale, mask)
         return self.o_proj(out_BSHV.flatten(2))
 
     def _decode(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
@@ -98,12 +98,3 @@ class LatentAttention(nn.Module):
         seen_BST = torch.arange(kept_BTX.shape[1], device=kept_BTX.device) <= context.positions_BS[..., None]
         mask = torch.zeros(seen_BST.shape, device=kept_BTX.device).masked_fill_(~seen_BST, float("-inf"))
         return kept_BTX, mask.unsqueeze(1)
-
-
-def _attend(q_BSHQ: Tensor, k_BTHQ: Tensor, v_BTHV: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax attention -> [B, S, H, V]. Values are padded to Q channels: fused CPU kernels need one head size."""
-    width = v_BTHV.shape[-1]
-    v_BTHQ = F.pad(v_BTHV, (0, q_BSHQ.shape[-1] - width))
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q_BSHQ, k_BTHQ, v_BTHQ))
-    out_BHSQ = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out_BHSQ.transpose(1, 2)[..., :width]

@@ -21,6 +21,7 @@ from moe_kernels import (
     rotate,
     window_attention,
 )
+from moe_kernels.reference.index_scores import HIDDEN
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +31,6 @@ from model.context import Context
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.precision import rounded
-
-HIDDEN = -1e30  # the score of an entry that a query does not attend to
 
 
 class CompressedAttention(nn.Module):
@@ -58,18 +57,23 @@ class CompressedAttention(nn.Module):
         """[B, S, D] -> [B, S, D]."""
         if context.decoding:
             return context.by_part(lambda part_BSD, part: self._decode(part_BSD, part, layer), x_BSD)
-        c, turn = self.config, context.rotation(self.rope)
         x_BSD = rounded(x_BSD)
+        query_BSR, q_BSHD, kv_BSD = self.queries_and_keys(x_BSD, context)
+        entries_BTD, visible_BST, scores_BST = self.entries(x_BSD, query_BSR, context, layer)
+        out_BSHD, mass_BST = self._attend(q_BSHD, kv_BSD, entries_BTD, visible_BST, context, layer)
+        if scores_BST is not None and context.cache is None:
+            compare_indexer(scores_BST, mass_BST, visible_BST, self.config.index_topk, context, self.training)
+        out_BSHD = rotate(out_BSHD, *context.rotation(self.rope), inverse=True)
+        return self.o_b_proj(self._grouped(out_BSHD.flatten(2)))
+
+    def queries_and_keys(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """(latents of the queries [B, S, R], queries [B, S, H, D], keys [B, S, D]), the last two rotated."""
+        c, turn = self.config, context.rotation(self.rope)
         query_BSR = self.q_a_norm(self.q_a_proj(x_BSD))
         q_BSHD = self.q_b_proj(query_BSR).unflatten(-1, (c.num_attention_heads, c.head_dim))
         q_BSHD = rotate(rms_norm(q_BSHD, None, c.rms_norm_eps), *turn)
         kv_BSD = rotate(self.kv_norm(self.kv_proj(x_BSD)).unsqueeze(2), *turn).squeeze(2)
-        entries_BTD, visible_BST, scores_BST = self._entries(x_BSD, query_BSR, context, layer)
-        out_BSHD, mass_BST = self._attend(q_BSHD, kv_BSD, entries_BTD, visible_BST, context, layer)
-        if scores_BST is not None and context.cache is None:
-            compare_indexer(scores_BST, mass_BST, visible_BST, c.index_topk, context, self.training)
-        out_BSHD = rotate(out_BSHD, *turn, inverse=True)
-        return self.o_b_proj(self._grouped(out_BSHD.flatten(2)))
+        return query_BSR, q_BSHD, kv_BSD
 
     def _decode(self, x_BSD: Tensor, context: Context, layer: str) -> Tensor:
         c, cache = self.config, context.cache
@@ -89,7 +93,7 @@ class CompressedAttention(nn.Module):
         numbers = (c.o_groups, c.index_topk, c.rms_norm_eps)
         return decode_compressed_attention(x_BSD, cache.lengths_B, context.ends_B, *given, *numbers)
 
-    def _entries(
+    def entries(
         self, x_BSD: Tensor, query_BSR: Tensor, context: Context, layer: str
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(entries [B, T, D], which of them each query attends to [B, S, T], the indexer's scores where it chose)."""
@@ -106,7 +110,7 @@ class CompressedAttention(nn.Module):
         scores_BST = indexer.scores(x_BSD.detach(), query_BSR.detach(), visible_BST, context, layer)
         if context.sparse:
             stable = context.cache is not None
-            visible_BST = visible_BST & best(scores_BST, self.config.index_topk, stable)
+            visible_BST = visible_BST & top_k_mask(scores_BST, self.config.index_topk, stable)
         return entries_BTD, visible_BST, scores_BST
 
     def _attend(
@@ -250,7 +254,7 @@ def compare_indexer(
     real_BS = any_BS if context.real_BS is None else any_BS & context.real_BS
     p_BST = mass_BST / mass_BST.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     if not context.sparse:
-        found_BS = (p_BST * best(scores_BST, count)).sum(dim=-1)
+        found_BS = (p_BST * top_k_mask(scores_BST, count)).sum(dim=-1)
         context.note("indexer_recall", (found_BS * real_BS).sum() / real_BS.sum().clamp(min=1))
     if training:
         log_q_BST = scores_BST.masked_fill(~visible_BST, HIDDEN).log_softmax(dim=-1)
@@ -259,7 +263,7 @@ def compare_indexer(
         context.note("indexer_loss", (kl_BS * real_BS).sum() / real_BS.sum().clamp(min=1))
 
 
-def best(scores_BST: Tensor, count: int, stable: bool = False) -> Tensor:
+def top_k_mask(scores_BST: Tensor, count: int, stable: bool = False) -> Tensor:
     """True at the `count` highest scores of each query, [B, S, T]. stable: of equal ones the first, whatever T is.
 
     Otherwise those that transformers would take: which, of equal ones, changes with how many later entries there are,

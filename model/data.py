@@ -24,7 +24,7 @@ from model.losses import IGNORED
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """input_ids, targets, document_ids: [B, S] int64; `IGNORED` targets do not count. documents: their numbers."""
 
     input_ids: Tensor
@@ -32,10 +32,10 @@ class Batch:
     document_ids: Tensor
     documents: list[int]
 
-    def split(self, rows: int) -> list[Batch]:
+    def split(self, rows: int) -> list[TokenBatch]:
         """Parts of at most `rows` rows."""
         columns = (self.input_ids.split(rows), self.targets.split(rows), self.document_ids.split(rows))
-        return [Batch(*part, self.documents) for part in zip(*columns, strict=True)]
+        return [TokenBatch(*part, self.documents) for part in zip(*columns, strict=True)]
 
 
 class Rows(Protocol):
@@ -46,11 +46,11 @@ class Rows(Protocol):
         ...
 
 
-def batch(rows: Rows, start: int, count: int) -> Batch:
+def batch(rows: Rows, start: int, count: int) -> TokenBatch:
     """Rows `start` to `start + count - 1`."""
     columns = [np.stack(column) for column in zip(*(rows.row(start + i) for i in range(count)), strict=True)]
     ids, targets, documents = (torch.from_numpy(column.astype(np.int64)) for column in columns)
-    return Batch(ids, targets, documents, sorted(set(documents.flatten().tolist()) - {-1}))
+    return TokenBatch(ids, targets, documents, sorted(set(documents.flatten().tolist()) - {-1}))
 
 
 class PackedTokens:

@@ -1,6 +1,6 @@
 """Sampling from a model, with a cache: each new token costs one forward pass of one position, or less.
 
-The passes are those of `model/batch.py`. Shapes: B rows, S tokens of the longest prompt.
+The passes are those of `model/decoding.py`. Shapes: B rows, S tokens of the longest prompt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Reading, Sampler
+from model.decoding import Batch, Reading, Sampler
 
 if TYPE_CHECKING:
     from model.transformer import MoETransformer

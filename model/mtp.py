@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that reads a token's last state and the next token, and foretells the one
+"""Multi-token prediction: one more block that reads a token's last state and the next token, and predicts the one
 after (DeepSeek-V3, arXiv 2412.19437, section 2.2; V4, arXiv 2606.19348, section 2.1). It shares embedding and head.
 
 Shapes: B rows, S tokens, D hidden size, N residual streams (V4).
@@ -31,7 +31,7 @@ class MultiTokenPrediction(Block):
         else:
             self.eh_proj = Linear(2 * d, d)
 
-    def foretell(self, state: Tensor, next_BSD: Tensor, context: Context) -> Tensor:
+    def predict(self, state: Tensor, next_BSD: Tensor, context: Context) -> Tensor:
         """State for the head [B, S, D]. state: the trunk's last, [B, S, D] or [B, S, N, D]; next: next embeddings."""
         next_BSD = self.enorm(next_BSD)
         if not self.is_v4:

@@ -21,7 +21,7 @@ from moe_kernels.reference.newton_schulz import SCHEDULES
 from torch import Tensor
 
 from model.checkpoint import CheckpointStore, CheckpointWriter
-from model.data import Batch, Rows, batch
+from model.data import Rows, TokenBatch, batch
 from model.losses import IGNORED, later_targets, losses_of
 from model.optim import adamw, balance_experts, bias_range, muon
 from model.precision import autocast
@@ -119,7 +119,7 @@ def _optimizer(net: MoETransformer, config: TrainConfig) -> torch.optim.Optimize
     return adamw(net, *rates)
 
 
-def _batches(rows: Rows, config: TrainConfig, first: int) -> Iterator[Batch]:
+def _batches(rows: Rows, config: TrainConfig, first: int) -> Iterator[TokenBatch]:
     """The batches of the steps from `first` on; each is made while the one before is in use."""
     with ThreadPoolExecutor(1) as pool:
         coming = [pool.submit(batch, rows, *config.rows(step)) for step in range(first, min(first + 1, config.steps))]
@@ -133,7 +133,7 @@ def _batches(rows: Rows, config: TrainConfig, first: int) -> Iterator[Batch]:
 def take_step(
     net: MoETransformer,
     optimizer: torch.optim.Optimizer,
-    data: Batch,
+    data: TokenBatch,
     step: int,
     config: TrainConfig,
     device: torch.device,
@@ -159,7 +159,7 @@ def _fetched(figures: dict[str, Tensor]) -> Record:
 
 
 def _backward(
-    net: MoETransformer, data: Batch, step: int, config: TrainConfig, device: torch.device
+    net: MoETransformer, data: TokenBatch, step: int, config: TrainConfig, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of the whole batch, one part of it after the other; (mean losses, statistics over the batch)."""
     ahead = mtp_weight(step, config.steps, config.decay_fraction, *config.mtp_weights)
@@ -184,7 +184,7 @@ def _backward(
     }
 
 
-def _counted(part: Batch) -> dict[str, int]:
+def _counted(part: TokenBatch) -> dict[str, int]:
     """What each loss is a mean over; the indexer's counts a few tokens less, those that see no entry yet."""
     real = int((part.document_ids >= 0).sum())
     targets = {"loss": part.targets, "mtp_loss": later_targets(part.targets, part.document_ids)}

@@ -22,8 +22,8 @@ from model.linear import Linear
 from model.mtp import MultiTokenPrediction
 from model.norm import RMSNorm
 
-STREAMS = 8  # residual streams that the kernels of decoding are for
-TOKENS = {"deepseek_v3": 64, "deepseek_v4": 256}  # of a row, up to which they are the faster ones
+MAX_STREAMS = 8  # residual streams that the kernels of decoding take
+MAX_TOKENS = {"deepseek_v3": 64, "deepseek_v4": 256}  # of a row, up to which these kernels are the faster ones
 
 
 @dataclass
@@ -93,16 +93,17 @@ class MoETransformer(nn.Module):
         )
         embedded_BSD, x, hidden_BSD = self._through(context)
         logits_BSV = context.linear(hidden_BSD, self.lm_head.weight).float() if with_logits else None
-        foretold = None
+        mtp_hidden = None
         if with_mtp and self.config.num_nextn_predict_layers:
-            foretold = self.mtp[0].foretell(x, embedded_BSD.roll(-1, dims=1), context.ahead())
+            mtp_hidden = self.mtp[0].predict(x, embedded_BSD.roll(-1, dims=1), context.ahead())
         statistics = {name: torch.stack(values) for name, values in context.statistics.items()}
         if "expert_load" not in statistics:
             statistics["expert_load"] = input_ids.new_zeros(0, self.config.n_routed_experts)
-        return Output(logits_BSV, hidden_BSD, x, foretold, statistics)
+        return Output(logits_BSV, hidden_BSD, x, mtp_hidden, statistics)
 
-    def proceed(self, parts: Sequence[Part]) -> list[Output]:
-        """Of each part, without logits; where kernels take each token on its own, all go through a layer together."""
+    def forward_parts(self, parts: Sequence[Part]) -> list[Output]:
+        """The pass of each part, without logits; where kernels take each token on its own, all parts go through a layer
+        together."""
         shapes = [part.input_ids.shape for part in parts]
         if len(parts) == 1 or not all(self.decodes(length) for _, length in shapes):
             return [self(p.input_ids, cache=p.cache, counts_B=p.counts_B, with_logits=False) for p in parts]
@@ -124,14 +125,14 @@ class MoETransformer(nn.Module):
         """Whether so many tokens a row, after those of a cache, go through kernels that take each on its own."""
         weight, c = self.lm_head.weight, self.config
         return (
-            tokens <= TOKENS[c.model_type]
+            tokens <= MAX_TOKENS[c.model_type]
             and weight.dtype is torch.float32
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type))
-            and (not c.is_v4 or c.hc_mult <= STREAMS)
+            and (not c.is_v4 or c.hc_mult <= MAX_STREAMS)
             and decodes(weight.device.type)
         )
 
-    def foretell(self, state: Tensor, next_ids: Tensor, cache: Cache, counts_B: Tensor) -> Tensor:
+    def mtp_hidden(self, state: Tensor, next_ids: Tensor, cache: Cache, counts_B: Tensor) -> Tensor:
         """The MTP block's state for the head, [B, S, D], while decoding.
 
         state: the trunk's of S tokens that `cache`, the block's own, has not seen; next_ids [B, S]: the tokens after
@@ -139,7 +140,7 @@ class MoETransformer(nn.Module):
         """
         decoding = self.decodes(next_ids.shape[1])
         context = Context(self.config, next_ids, cache=cache, counts_B=counts_B, decoding=decoding)
-        return self.mtp[0].foretell(state, self.model.embed_tokens(next_ids), context)
+        return self.mtp[0].predict(state, self.model.embed_tokens(next_ids), context)
 
 
 def build(config: ModelConfig, seed: int = 0) -> MoETransformer:
@@ -149,7 +150,7 @@ def build(config: ModelConfig, seed: int = 0) -> MoETransformer:
     (`o_proj`, `o_b_proj`, `down_proj`) are divided by sqrt(2 * layers), so that its variance does not grow with depth.
     Hyper-connections start near the plain residual path: gating factors are 0.01 (arXiv 2512.24880, table 5), the bias
     of the mixing matrix favours its diagonal, and each sub-layer reads and writes one stream more than the others, a
-    different one from layer to layer: streams that start alike and are treated alike would never part.
+    different one from layer to layer: streams that start alike and are treated alike would never come apart.
     """
     net = MoETransformer(config)
     generator = torch.Generator().manual_seed(seed)
@@ -161,14 +162,14 @@ def build(config: ModelConfig, seed: int = 0) -> MoETransformer:
             scale = (2 * config.num_hidden_layers) ** -0.5 if residual else 1.0
             weight.normal_(0.0, config.initializer_range * scale, generator=generator)
         if config.is_v4:
-            _part_streams(net)
+            _separate_streams(net)
     return net
 
 
 GATING, DIAGONAL, APART = 0.01, 4.0, 1.0  # of hyper-connections at the start
 
 
-def _part_streams(net: MoETransformer) -> None:
+def _separate_streams(net: MoETransformer) -> None:
     n = net.config.hc_mult
     blocks = [*net.model.layers, *getattr(net, "mtp", [])]
     for number, residual in enumerate(r for block in blocks for r in (block.attn_hc, block.ffn_hc)):

@@ -1,4 +1,4 @@
-"""Many requests decoded together: a thread of its own around `model/batch.py`.
+"""Many requests decoded together: a thread of its own around `model/decoding.py`.
 
 Requests wait in a queue; each step of the running rows also reads one chunk of newcomers' prompts, so that nobody
 stalls long; an answer goes to its request's `emit`, piece by piece, in the engine's thread.
@@ -19,8 +19,8 @@ import torch
 from moe_kernels import device as devices
 from torch import Tensor
 
-from model import batch
-from model.batch import Batch, Reading, Sampler
+from model import decoding
+from model.decoding import Batch, Reading, Sampler
 from model.transformer import MoETransformer
 from pipelines import models, stage
 from pipelines.machine import environment
@@ -210,9 +210,9 @@ class Engine:
 
     def _admit(self) -> None:
         """Requests that wait are read where there is room: as many prompts at a time as have a chunk's tokens."""
-        read = sum(min(batch.CHUNK, reading.length - reading.at) for _, reading in self._reading)
+        read = sum(min(decoding.CHUNK, reading.length - reading.at) for _, reading in self._reading)
         while self._waiting and self.running < self.max_batch:
-            if self._reading and read + len(self._waiting[0].prompt) > batch.CHUNK:
+            if self._reading and read + len(self._waiting[0].prompt) > decoding.CHUNK:
                 return
             with self._changed:
                 request = self._waiting.popleft()

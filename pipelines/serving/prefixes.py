@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from model.batch import CHUNK, Reading
 from model.cache import Cache
+from model.decoding import CHUNK, Reading
 
 State = tuple[Cache, Cache | None]
 
@@ -39,4 +39,4 @@ class Prefixes:
     def _known(self, key: tuple[int, ...], reading: Reading) -> State | None:
         """One that was read without drafts is of no use to a reading with them, and makes room for its own."""
         state = self._states.get(key)
-        return None if state and state[1] is None and reading.ahead is not None else state
+        return None if state and state[1] is None and reading.mtp_cache is not None else state

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from model import ModelConfig, build, generate, load_pretrained, save_pretrained
-from model.batch import Batch
 from model.config import HEAVY, SLIDING, SPARSE
+from model.decoding import Batch
 from pipelines.deployment import deploy, follow
 from pipelines.encode import CHAT_TEMPLATE, EOS, SPECIAL, train_tokenizer
 from pipelines.params import Serve, UserError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_kernels import hyper_read
+from moe_kernels import hyper_read, window_attention
 
 from model import ModelConfig, build
 from model.anatomy import attention_parts, recall, sinkhorn_errors, stream_weights
@@ -56,18 +56,21 @@ def test_stream_weights_are_those_of_the_connection(net) -> None:
 
 
 @pytest.mark.parametrize("kind", [SLIDING, SPARSE, HEAVY])
-def test_attention_parts_are_what_the_layer_attends_to(net, kind) -> None:
+def test_attention_parts_are_what_the_layer_attends_to(net, kind, monkeypatch) -> None:
     """The layer's output is the value-weighted sum that the parts describe: checked on the mass that it reports."""
     attention = net.model.layers[CONFIG.layer_types.index(kind)].self_attn
     ids, x_1SD = torch.randint(64, (1, 70)), torch.randn(1, 70, CONFIG.hidden_size)
-    parts = attention_parts(attention, x_1SD, Context(CONFIG, ids))
-    assert "_attend" not in vars(attention)
-    masses, attend = [], attention._attend
-    attention._attend = lambda *arguments: masses.append(attend(*arguments)[1]) or attend(*arguments)
+    parts, masses = attention_parts(attention, x_1SD, Context(CONFIG, ids)), []
+
+    def recorded(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, mass = window_attention(*inputs)
+        masses.append(mass)
+        return out, mass
+
+    monkeypatch.setattr("model.compressed_attention.window_attention", recorded)
     with torch.no_grad():
         attention(x_1SD, Context(CONFIG, ids), "layer")
-    del attention._attend
-    theirs = masses[-1][0] / CONFIG.num_attention_heads
+    theirs = masses[0][0] / CONFIG.num_attention_heads
     torch.testing.assert_close(parts.far_ST, theirs)
     torch.testing.assert_close(parts.near_SS.sum(1) + parts.far_ST.sum(1) + parts.sink_S, torch.ones(70))
     assert parts.rate == CONFIG.compress_rates.get(kind, 0) and not parts.far_ST[~parts.chosen_ST].any()

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ModelConfig, build, generate
-from model.batch import Pace
 from model.cache import Cache
 from model.config import HEAVY, SLIDING, SPARSE
 from model.context import Context
 from model.data import IGNORED
+from model.decoding import DraftMonitor
 from model.losses import later_targets, losses_of
 from model.moe import HashRouter, balanced_table
 from model.transformer import MoETransformer
@@ -158,7 +158,7 @@ def test_rows_of_different_lengths_and_tokens_taken_back(net: MoETransformer) ->
 
 
 def test_greedy_decoding_of_unequal_prompts_is_that_of_each_alone(net: MoETransformer, monkeypatch) -> None:
-    monkeypatch.setattr(sys.modules["model.batch"], "CHUNK", 16)  # the longest prompt takes three passes
+    monkeypatch.setattr(sys.modules["model.decoding"], "CHUNK", 16)  # the longest prompt takes three passes
     prompts = [tokens(n, seed=n).tolist() for n in (5, 33, 1, 20)]
     plain = generate(net, prompts, 24, speculate=False)
     ahead = generate(net, prompts, 24, speculate=True)
@@ -183,12 +183,12 @@ def test_speculation_saves_passes_where_drafts_are_right(net: MoETransformer, mo
 
 
 def test_drafting_stops_where_drafts_are_wrong_and_forgives_a_few() -> None:
-    pace, steps = Pace(), 0
-    while pace.pays and steps < 100:
-        pace.note(1.0)
+    monitor, steps = DraftMonitor(), 0
+    while monitor.pays and steps < 100:
+        monitor.note(1.0)
         steps += 1
     assert steps == 5
-    good = Pace()
+    good = DraftMonitor()
     for step in range(1000):
         good.note(1.0 if step % 8 < 2 else 2.0)
         assert good.pays

@@ -12,7 +12,7 @@ from moe_kernels.reference.newton_schulz import SCHEDULES
 from model import ModelConfig, build
 from model.checkpoint import CheckpointStore
 from model.config import HEAVY, SLIDING, SPARSE
-from model.data import IGNORED, Batch, Rows
+from model.data import IGNORED, Rows, TokenBatch
 from model.optim import adamw
 from model.train import DivergedError, Record, TrainConfig, take_step, train
 from model.transformer import MoETransformer
@@ -114,7 +114,7 @@ def test_micro_batches_change_rounding_alone(tmp_path: Path, rows: Counting) -> 
 def test_a_batch_of_padding_has_figures_and_harms_nothing() -> None:
     net = build(TINY, seed=0).train()
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    data = Batch(ids, torch.full_like(ids, IGNORED), torch.full_like(ids, -1), [])
+    data = TokenBatch(ids, torch.full_like(ids, IGNORED), torch.full_like(ids, -1), [])
     record = take_step(net, adamw(net, 1e-3, 0.1), data, 0, replace(CONFIG, optimizer="adamw"), CPU)
     assert all(np.isfinite(list(record.values()))) and record["max_load_over_mean"] == 0
     assert all(weight.isfinite().all() for weight in net.parameters())

@@ -13,12 +13,21 @@ from torch.nn import functional as F
 def attention(
     q_BSHD: Tensor, k_BTHD: Tensor, v_BTHV: Tensor, scale: float, document_ids_BT: Tensor | None = None
 ) -> Tensor:
-    """[B, S, H, V]. Values are padded to D channels: fused CPU kernels need one head size."""
-    width, plain = v_BTHV.shape[-1], document_ids_BT is None and q_BSHD.shape[1] == k_BTHD.shape[1]
+    """[B, S, H, V]."""
+    causal = document_ids_BT is None and q_BSHD.shape[1] == k_BTHD.shape[1]
+    seen = None if causal else ~hidden(q_BSHD.shape[1], k_BTHD, document_ids_BT)
+    return masked_attention(q_BSHD, k_BTHD, v_BTHV, scale, seen, causal)
+
+
+def masked_attention(
+    q_BSHD: Tensor, k_BTHD: Tensor, v_BTHV: Tensor, scale: float, mask: Tensor | None, causal: bool = False
+) -> Tensor:
+    """[B, S, H, V], with a mask as PyTorch takes it. Values are padded to D channels: fused CPU kernels need one head
+    size."""
+    width = v_BTHV.shape[-1]
     v_BTHD = F.pad(v_BTHV, (0, q_BSHD.shape[-1] - width))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q_BSHD, k_BTHD, v_BTHD))
-    seen = None if plain else ~hidden(q_BSHD.shape[1], k_BTHD, document_ids_BT)
-    out_BHSD = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=plain, scale=scale)
+    out_BHSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out_BHSD.transpose(1, 2)[..., :width]
 
 

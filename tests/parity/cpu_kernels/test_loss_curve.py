@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, build, compressed_attention, moe
-from model.data import Batch
+from model.data import TokenBatch
 from model.losses import losses_of
 from model.optim import adamw, muon
 from model.train import TrainConfig, take_step
@@ -21,12 +21,12 @@ from model.train import TrainConfig, take_step
 CPU = torch.device("cpu")
 
 
-def batches(count: int, vocabulary: int) -> Iterator[Batch]:
+def batches(count: int, vocabulary: int) -> Iterator[TokenBatch]:
     """Every other word follows from the one before; documents of 50."""
     for step in range(count):
         ids = torch.randint(0, vocabulary, (1, 129), generator=torch.Generator().manual_seed(step))
         ids[:, 1::2] = (7 * ids[:, :-1:2] + 3) % vocabulary
-        yield Batch(ids[:, :-1], ids[:, 1:], (torch.arange(128) // 50)[None], [0])
+        yield TokenBatch(ids[:, :-1], ids[:, 1:], (torch.arange(128) // 50)[None], [0])
 
 
 class Choices:
@@ -36,9 +36,9 @@ class Choices:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kept: deque[Tensor] = deque()
         self.given = False
-        self.route, self.best = moe.route, compressed_attention.best
+        self.route, self.top_k_mask = moe.route, compressed_attention.top_k_mask
         monkeypatch.setattr(moe, "route", self._route)
-        monkeypatch.setattr(compressed_attention, "best", self._best)
+        monkeypatch.setattr(compressed_attention, "top_k_mask", self._top_k_mask)
 
     def _route(self, *args: Tensor, chosen_TK: Tensor | None, **rule: Any) -> tuple[Tensor, Tensor, Tensor]:
         if chosen_TK is not None:  # by a table
@@ -48,10 +48,10 @@ class Choices:
             self.kept.append(found[0])
         return found
 
-    def _best(self, *args: Any) -> Tensor:
+    def _top_k_mask(self, *args: Any) -> Tensor:
         if self.given:
             return self.kept.popleft()
-        self.kept.append(self.best(*args))
+        self.kept.append(self.top_k_mask(*args))
         return self.kept[-1]
 
 

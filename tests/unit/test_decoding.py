@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, generate
-from model.batch import CHUNK, Batch, Reading, Sampler
 from model.config import HEAVY, SLIDING, SPARSE
+from model.decoding import CHUNK, Batch, Reading, Sampler
 from model.transformer import MoETransformer, build
 from pipelines.serving.prefixes import Prefixes
 
@@ -131,7 +131,7 @@ def test_a_beginning_read_without_drafts_is_replaced_by_one_with_them(net: MoETr
     for speculate in (True, False):
         reading = Reading(net, [prompt], [Sampler()], speculate)
         assert known.resume(reading, prompt) == CHUNK
-        assert (reading.ahead is not None) == (speculate and net.config.num_nextn_predict_layers > 0)
+        assert (reading.mtp_cache is not None) == (speculate and net.config.num_nextn_predict_layers > 0)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 2}])

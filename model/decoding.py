@@ -1,9 +1,9 @@
 """Sequences that are decoded together, and join and leave between steps (continuous batching, Orca, OSDI 2022).
 
-A prompt is read alone or with prompts of its length (`Reading`), a chunk a pass; then its rows join a `Batch`, each of
-whose steps gives a row its next tokens. A model with multi-token prediction speculates: the MTP block drafts one token
-ahead, the next pass checks the draft along with its own token, and a right one saves a pass (DeepSeek-V3,
-arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
+A prompt is read alone or with prompts of its length, a chunk a pass (`Reading`: chunked prefill); then its rows join a
+`Batch`, each of whose steps gives a row its next tokens. A model with multi-token prediction speculates: the MTP block
+drafts one token ahead, the next pass checks the draft along with its own token, and a right one saves a pass
+(DeepSeek-V3, arXiv 2412.19437, section 5.4.3). With a temperature, a draft is right if it is the token that was drawn.
 
 What a row gets does not depend on its neighbours, and each row draws from a generator of its own. Where there are
 kernels for it, a pass takes every token on its own (`MoETransformer.decodes`): then neither neighbours nor drafts
@@ -100,7 +100,7 @@ class Reading:
         device = net.lm_head.weight.device
         self.ids_RS = torch.tensor([list(prompt) for prompt in prompts], dtype=torch.int64, device=device)
         self.cache = Cache(len(prompts), device)
-        self.ahead = Cache(len(prompts), device) if speculate and net.config.num_nextn_predict_layers else None
+        self.mtp_cache = Cache(len(prompts), device) if speculate and net.config.num_nextn_predict_layers else None
         self.tokens: list[int] = []
         self.drafts: list[int] = []
         self.with_logits = with_logits
@@ -114,17 +114,17 @@ class Reading:
     def state(self) -> tuple[Cache, Cache | None]:
         """Copies of what the trunk and the MTP block have seen, for `resume` of a reading with the same tokens so far
         and the same one after them."""
-        return self.cache.copy(), None if self.ahead is None else self.ahead.copy()
+        return self.cache.copy(), None if self.mtp_cache is None else self.mtp_cache.copy()
 
     def resume(self, at: int, state: tuple[Cache, Cache | None]) -> None:
         """Go on after `at` tokens, a multiple of `CHUNK`, as if they had been read here."""
         self.at, self.cache = at, state[0].copy()
-        self.ahead = None if state[1] is None or self.ahead is None else state[1].copy()
+        self.mtp_cache = None if state[1] is None or self.mtp_cache is None else state[1].copy()
 
     @torch.inference_mode()
     def advance(self) -> None:
         """Read the next chunk by itself."""
-        self.take(self.net.proceed([self.part()])[0])
+        self.take(self.net.forward_parts([self.part()])[0])
 
     def part(self) -> Part:
         """The next chunk, filled up to what a pass needs."""
@@ -141,11 +141,11 @@ class Reading:
             self.logits_RV = _head(self.net, out.hidden[:, count - 1])
             self.tokens = choose(self.logits_RV, self.samplers)
             next_RC = torch.cat([next_RC, next_RC.new_tensor(self.tokens)[:, None]], dim=1)
-        if self.ahead is not None:
-            counts_R = torch.full_like(self.ahead.lengths_B, count)
-            foretold = self.net.foretell(out.state, self._filled(next_RC), self.ahead, counts_R)
-            self.ahead.settle(self.ahead.lengths_B + count)
-            self.drafts = _head(self.net, foretold[:, count - 1]).argmax(dim=-1).tolist()
+        if self.mtp_cache is not None:
+            counts_R = torch.full_like(self.mtp_cache.lengths_B, count)
+            hidden = self.net.mtp_hidden(out.state, self._filled(next_RC), self.mtp_cache, counts_R)
+            self.mtp_cache.settle(self.mtp_cache.lengths_B + count)
+            self.drafts = _head(self.net, hidden[:, count - 1]).argmax(dim=-1).tolist()
         self.chunk_RCV = _head(self.net, out.hidden)[:, :count] if self.with_logits else None
 
     def _filled(self, ids_RC: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Reading:
         return ids_RC if self.net.decodes(count) else F.pad(ids_RC, (0, -count % tokens_of_a_pass(self.net.config)))
 
 
-class Pace:
+class DraftMonitor:
     """Whether drafting pays, judged by how many tokens its steps bring: given up once they are behind by a few steps.
 
     A sum of what the steps lack, never below zero (CUSUM, Page 1954): a model that drafts well may miss at times. No
@@ -177,7 +177,7 @@ class Batch:
     """The state of the rows: what the trunk and the MTP block have seen, and the token and the draft that come next."""
 
     def __init__(self, net: MoETransformer) -> None:
-        self.net, self.pace = net, Pace()
+        self.net, self.monitor = net, DraftMonitor()
         self.samplers: list[Sampler] = []
         self.logits_BSV: Tensor | None = None  # of the last step: those of row r's tokens are the first ones of [r]
 
@@ -187,7 +187,7 @@ class Batch:
     @property
     def drafts(self) -> bool:
         """Whether a reading for it needs drafts; it does for an empty batch, which tries anew whether they pay."""
-        return not len(self) or self.ahead is not None
+        return not len(self) or self.mtp_cache is not None
 
     @torch.inference_mode()
     def join(self, reading: Reading) -> None:
@@ -195,15 +195,16 @@ class Batch:
         assert reading.done
         new = list(zip(reading.tokens, reading.drafts or reading.tokens, strict=True))
         if not len(self):
-            self.next, self.cache, self.ahead, self.pace = new, reading.cache, reading.ahead, Pace()
+            self.next, self.cache, self.mtp_cache, self.monitor = new, reading.cache, reading.mtp_cache, DraftMonitor()
         else:
             self._take_rows(range(len(self)))
             self.next += new
             rows = range(len(reading.samplers))
             self.cache.extend(reading.cache, rows)
-            self.ahead = self.ahead if reading.ahead is not None else None
-            if self.ahead is not None and reading.ahead is not None:
-                self.ahead.extend(reading.ahead, rows)
+            if self.mtp_cache is None or reading.mtp_cache is None:
+                self.mtp_cache = None
+            else:
+                self.mtp_cache.extend(reading.mtp_cache, rows)
         self.samplers += reading.samplers
         self._fill_up()
 
@@ -221,13 +222,13 @@ class Batch:
         (piggybacked on the step's weights as in Sarathi-Serve, OSDI 2024)."""
         parts = [reading.part() for reading in readings]
         own = [self._part()] if len(self) else []
-        outs = self.net.proceed(own + parts)
+        outs = self.net.forward_parts(own + parts)
         for reading, out in zip(readings, outs[len(own) :], strict=True):
             reading.take(out)
         return self._take(outs[0]) if own else []
 
     def _part(self) -> Part:
-        width = 1 if self.ahead is None else 2
+        width = 1 if self.mtp_cache is None else 2
         return Part(torch.tensor(self.next, device=self.cache.lengths_B.device)[:, :width], self.cache)
 
     def _take(self, out: Output) -> list[list[int]]:
@@ -239,9 +240,9 @@ class Batch:
             second = choose(logits_BSV[right, 1], [self.samplers[row] for row in right])
             for row, token in zip(right, second, strict=True):
                 tokens[row].append(token)
-        if self.ahead is not None and self._may_stop_drafting():
-            self.pace.note(fmean(map(len, tokens)))
-            self.ahead = self.ahead if self.pace.pays else None
+        if self.mtp_cache is not None and self._may_stop_drafting():
+            self.monitor.note(fmean(map(len, tokens)))
+            self.mtp_cache = self.mtp_cache if self.monitor.pays else None
         self._settle(out.state, tokens + tokens[:1] * (len(out.hidden) - len(self)))
         return tokens
 
@@ -254,28 +255,28 @@ class Batch:
         counts_B = torch.tensor([len(row) for row in tokens], device=state.device)
         self.cache.settle(self.cache.lengths_B + counts_B)
         drafts = [row[-1] for row in tokens]
-        if self.ahead is not None:
+        if self.mtp_cache is not None:
             width = max(map(len, tokens)) if self.net.decodes(2) else state.shape[1]
             next_BS = torch.tensor([(row * 2)[:width] for row in tokens], device=state.device)
-            foretold_BSD = self.net.foretell(state[:, :width], next_BS, self.ahead, counts_B)
-            self.ahead.settle(self.ahead.lengths_B + counts_B)
-            last_BD = foretold_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
+            hidden_BSD = self.net.mtp_hidden(state[:, :width], next_BS, self.mtp_cache, counts_B)
+            self.mtp_cache.settle(self.mtp_cache.lengths_B + counts_B)
+            last_BD = hidden_BSD[torch.arange(len(tokens), device=state.device), counts_B - 1]
             drafts = _head(self.net, last_BD).argmax(dim=-1).tolist()
         self.next = [(row[-1], draft) for row, draft in zip(tokens, drafts, strict=True)]
 
     def _take_rows(self, rows: Sequence[int]) -> None:
         self.next = [self.next[row] for row in rows]
-        for cache in filter(None, (self.cache, self.ahead)):
+        for cache in filter(None, (self.cache, self.mtp_cache)):
             cache.keep(rows)
 
     def _fill_up(self) -> None:
         """Copies of the first row, up to what a pass needs."""
-        width = 1 if self.ahead is None else 2
+        width = 1 if self.mtp_cache is None else 2
         if self.net.decodes(width):
             return
         copies = [0] * (-len(self) % max(MULTIPLE, tokens_of_a_pass(self.net.config) // width))
         self.next += [self.next[row] for row in copies]
-        for cache in filter(None, (self.cache, self.ahead)):
+        for cache in filter(None, (self.cache, self.mtp_cache)):
             cache.extend(cache, copies)
 
 
@@ -288,7 +289,5 @@ def tokens_of_a_pass(config: ModelConfig) -> int:
 
 def _head(net: MoETransformer, hidden: Tensor) -> Tensor:
     """Logits [..., V] fp32 of [..., D]."""
-    hidden_RD = hidden.flatten(0, -2)
-    rows, multiple = len(hidden_RD), 1 if net.decodes() else MULTIPLE
-    logits_RV = skinny_linear(F.pad(hidden_RD, (0, 0, 0, -rows % multiple)), net.lm_head.weight)[:rows].float()
+    logits_RV = skinny_linear(hidden.flatten(0, -2), net.lm_head.weight).float()
     return logits_RV.unflatten(0, hidden.shape[:-1])
