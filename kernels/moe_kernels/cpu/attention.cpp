@@ -4,11 +4,11 @@
 //
 // A row's head is the unit of work of a thread. It lays its keys and values out for products once, and takes some
 // neighbouring queries at a time with the keys from the first one that any of them sees: earlier documents and the
-// future cost nothing. Logits of a tile (36 rows of 512, 74 kB) stay in the second cache, as do the unit's keys, values
-// and their gradients (400 kB of 512 tokens, D = 48). Cost of a query with K keys: 2 K (D + C) FLOP forwards,
-// 2 K (3 D + 2 C) backwards, which is the limit, and an exponential a key; from memory come 2 (D + C) numbers a token
-// each way. Products are those of the element type with sums in fp32; in bfloat16 probabilities and their gradients are
-// rounded before they are multiplied.
+// future cost nothing. Logits of a tile (36 rows of 512, 74 kB) stay in the second cache, as do the unit's keys,
+// values and their gradients (500 kB of 512 tokens in fp32, D = C = 48). Cost of a query with K keys: 2 K (D + C) FLOP
+// forwards, 2 K (3 D + 2 C) backwards, which is the limit, and an exponential a key; from memory come 2 (D + C)
+// numbers a token each way. Products are those of the element type with sums in fp32; in bfloat16 probabilities and
+// their gradients are rounded before they are multiplied.
 //
 // Kept for the backward pass: the logarithm of each softmax's sum.
 #include "attention.h"
@@ -35,7 +35,8 @@ std::vector<int32_t> first_keys(const Sizes& z, const std::optional<Tensor>& doc
   for (int64_t b = 0; b < z.rows; b++)
     for (int64_t t = 0; t < z.keys; t++) {
       const int64_t* own = ids + b * z.keys;
-      first[b * z.keys + t] = t && own[t] == own[t - 1] ? first[b * z.keys + t - 1] : std::find(own, own + t, own[t]) - own;
+      int32_t& key = first[b * z.keys + t];
+      key = t && own[t] == own[t - 1] ? first[b * z.keys + t - 1] : std::find(own, own + t, own[t]) - own;
     }
   return first;
 }
@@ -70,13 +71,13 @@ struct Tile {
 
   // to [count, columns] = rows times the keys (or values) across.
   template <class T>
-  void times(const Turned<T>& keys, Rows<T>& rows, float* to) const {
+  void times(const Operand<T>& keys, Rows<T>& rows, float* to) const {
     multiply(count, columns, rows.row, rows.from(0), keys.across.data() + begin, keys.row, to, columns, false);
   }
 
   // to [count, width] = p [count, columns] times the values (or keys).
   template <class T>
-  void weigh(const Turned<T>& values, Rows<T>& p, float* to) const {
+  void weigh(const Operand<T>& values, Rows<T>& p, float* to) const {
     multiply(count, values.width, elements<T>(seen), p.from(0),
              values.down.data() + elements<T>(begin) * values.width, values.width, to, values.width, false);
   }
@@ -98,7 +99,7 @@ struct Head {
 };
 
 template <class T>
-void attend(const Sizes& z, const Tile& tile, const Turned<T>& keys, const Turned<T>& values, const T* q, float scale,
+void attend(const Sizes& z, const Tile& tile, const Operand<T>& keys, const Operand<T>& values, const T* q, float scale,
             Room<T>& room, T* out, float* log_sums) {
   room.query.take(q + tile.query * z.heads * z.width, tile.count, z.heads * z.width);
   room.p.reshape(tile.columns);
@@ -127,8 +128,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
       Room<T> room(z.tile, parts(z.keys + 1, W) * W, z.width, z.values, false);
       for (int64_t unit = begin; unit < end; unit++) {
         const Head own(z, unit);
-        const Turned<T> keys(from(k) + own.at(z, z.keys, z.width), z.keys, z.width, z.heads * z.width, ACROSS);
-        const Turned<T> values(from(v) + own.at(z, z.keys, z.values), z.keys, z.values, z.heads * z.values, DOWN);
+        const Operand<T> keys(from(k) + own.at(z, z.keys, z.width), z.keys, z.width, z.heads * z.width, ACROSS);
+        const Operand<T> values(from(v) + own.at(z, z.keys, z.values), z.keys, z.values, z.heads * z.values, DOWN);
         for (int64_t query = 0; query < z.queries; query += z.tile)
           attend(z, Tile(z, first.data() + own.row * z.keys, query), keys, values,
                  from(q) + own.at(z, z.queries, z.width), scale, room, to + own.at(z, z.queries, z.values),
@@ -140,7 +141,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 }
 
 template <class T>
-void attend_backward(const Sizes& z, const Tile& tile, const Turned<T>& keys, const Turned<T>& values, const T* d_out,
+void attend_backward(const Sizes& z, const Tile& tile, const Operand<T>& keys, const Operand<T>& values, const T* d_out,
                      const T* q, float scale, const float* log_sums, Room<T>& room, T* d_q, float* d_k, float* d_v) {
   room.query.take(q + tile.query * z.heads * z.width, tile.count, z.heads * z.width);
   room.grad.take(d_out + tile.query * z.heads * z.values, tile.count, z.heads * z.values);
@@ -153,9 +154,9 @@ void attend_backward(const Sizes& z, const Tile& tile, const Turned<T>& keys, co
   tile.weigh(keys, room.d_p, room.result.data());
   for (int64_t i = 0; i < tile.count; i++)
     copy(room.result.data() + i * z.width, z.width, d_q + (tile.query + i) * z.heads * z.width);
-  const Down<T> query(room.query, tile.count, room.turned[0]), grad(room.grad, tile.count, room.turned[1]);
-  tile.add_to_keys(Down<T>(room.d_p, tile.count, room.turned[2]), query, z.width, d_k);
-  tile.add_to_keys(Down<T>(room.p, tile.count, room.turned[3]), grad, z.values, d_v);
+  const Down<T> query(room.query, tile.count, room.laid[0]), grad(room.grad, tile.count, room.laid[1]);
+  tile.add_to_keys(Down<T>(room.d_p, tile.count, room.laid[2]), query, z.width, d_k);
+  tile.add_to_keys(Down<T>(room.p, tile.count, room.laid[3]), grad, z.values, d_v);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k,
@@ -175,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
         const Head own(z, unit);
         const int64_t key = own.at(z, z.keys, z.width), value = own.at(z, z.keys, z.values);
         const int64_t query_at = own.at(z, z.queries, z.width), out_at = own.at(z, z.queries, z.values);
-        const Turned<T> keys(from(k) + key, z.keys, z.width, z.heads * z.width);
-        const Turned<T> values(from(v) + value, z.keys, z.values, z.heads * z.values, ACROSS);
+        const Operand<T> keys(from(k) + key, z.keys, z.width, z.heads * z.width);
+        const Operand<T> values(from(v) + value, z.keys, z.values, z.heads * z.values, ACROSS);
         std::vector<float> to_keys(z.keys * z.width), to_values(z.keys * z.values);
         for (int64_t query = 0; query < z.queries; query += z.tile)
           attend_backward(z, Tile(z, first.data() + own.row * z.keys, query), keys, values, from(d_out) + out_at,

@@ -5,18 +5,17 @@
 
 namespace {
 
-constexpr float HIDDEN = -1e30f;  // added to what a logit is made of where a key is not seen
-
 enum Laid { DOWN, ACROSS, BOTH };
 
-// `count` rows of `width` numbers, `stride` apart: for sums over rows, and transposed with zeros behind each row.
+// `count` rows of `width` numbers, `stride` apart, laid out as an operand: for sums over rows (down), and transposed
+// with zeros behind each row (across).
 template <class T>
-struct Turned {
+struct Operand {
   std::vector<Element<T>> down, across;
   int64_t width, row;
 
   // Rows are as long as it takes, and of an odd number of vectors: rows of 2^n bytes would share few places in a cache.
-  Turned(const T* from, int64_t count, int64_t width, int64_t stride, Laid laid = BOTH)
+  Operand(const T* from, int64_t count, int64_t width, int64_t stride, Laid laid = BOTH)
       : down(laid == ACROSS ? 0 : elements<T>(count) * width),
         across(laid == DOWN ? 0 : elements<T>(width) * apart(count + W)), width(width), row(apart(count + W)) {
     if (laid != ACROSS) lay_down(from, count, width, stride, down.data(), width);
@@ -80,7 +79,7 @@ struct Room {
   Tiles tiles;
   Rows<T> query, grad, p, d_p;
   std::vector<float> logits, d_logits, result, shares;  // shares: what a row of `p` is to be multiplied with
-  std::vector<Element<T>> turned[4];
+  std::vector<Element<T>> laid[4];
 
   Room(int64_t rows, int64_t columns, int64_t width, int64_t values, bool backward)
       : query(rows, width), grad(backward ? rows : 0, values), p(rows, columns), d_p(backward ? rows : 0, columns),

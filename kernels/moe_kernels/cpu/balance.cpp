@@ -67,7 +67,8 @@ void add_document(const Tokens& own, float factor, Row& row, float* slope) {
   }
 }
 
-// (loss, mean entropy, slope of the loss [T, E], load of each expert); first: where a token's document begins in its row.
+// (loss, mean entropy, slope of the loss [T, E], load of each expert); first: where a token's document begins in its
+// row.
 std::tuple<Tensor, Tensor, Tensor, Tensor> balance(const Tensor& indices, const Tensor& affinities, const Tensor& first,
                                                    const std::optional<Tensor>& real) {
   const int64_t rows = first.size(0), length = first.size(1), experts = affinities.size(1);

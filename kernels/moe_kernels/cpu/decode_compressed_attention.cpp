@@ -32,8 +32,8 @@ struct Compressor {
 
   // Values and gates of some rows, side by side.
   void project(int64_t count, const Strided& x, float* to) const {
-    thin_parallel(count, x, value, to, 2 * channels());
-    thin_parallel(count, x, gate, to + channels(), 2 * channels());
+    linear_parallel(count, x, value, to, 2 * channels());
+    linear_parallel(count, x, gate, to + channels(), 2 * channels());
   }
 
   // Keeps a token, and the entry of its block where it is the block's last.
@@ -44,7 +44,7 @@ struct Compressor {
     const int64_t first = position + 1 - rate;
     pool(b, first, entry.data());
     normalise_row(entry.data(), floats(norm), width, eps);
-    Turn(frequencies, first).apply(entry.data(), width);
+    Rotation(frequencies, first).apply(entry.data(), width);
     entries.write(b, first / rate, entry.data());
   }
 
@@ -57,7 +57,7 @@ struct Compressor {
         biases.push_back(floats(bias) + m * channels() + half * width);
       }
     along(width, [&](int64_t at, auto get, auto put) {
-      V top = splat(NEVER), total{}, weighted{};
+      V top = splat(HIDDEN), total{}, weighted{};
       for (size_t i = 0; i < from.size(); i++) {
         const V logit = get(from[i] + channels() + at) + get(biases[i] + at);
         top = logit > top ? logit : top;
@@ -93,7 +93,7 @@ constexpr int ASKED = 8;  // indexer heads at a time
 
 // Keys of `width` numbers, W at a time as vectors of one number each, a key a lane: parts(width, W) W vectors for W
 // keys.
-std::vector<V> turned_over(const float* keys, int64_t count, int64_t width) {
+std::vector<V> transposed_keys(const float* keys, int64_t count, int64_t width) {
   const int64_t vectors = parts(width, W) * W;
   std::vector<V> across(parts(count, W) * vectors);
   for (int64_t k = 0; k < count; k += W) {
@@ -188,8 +188,9 @@ void attend(const Sizes& z, const Known& known, int64_t t, const Store& window,
   }
   for (int64_t k = near; k < count; k++)
     std::memcpy(keys + k * z.width, compressor->entries.at(b, chosen[k - near]), z.width * sizeof(float));
-  thin(z.heads, {known.q.data() + t * z.all(), z.width}, {keys, z.width}, z.width, 0, count, p, row);
-  for (int64_t h = 0; h < z.heads; h++) softmax_row(p + h * row, count, 1.0f / __builtin_sqrtf(float(z.width)), sinks[h]);
+  linear_rows(z.heads, {known.q.data() + t * z.all(), z.width}, {keys, z.width}, z.width, 0, count, p, row);
+  const float scale = 1.0f / __builtin_sqrtf(float(z.width));
+  for (int64_t h = 0; h < z.heads; h++) softmax_row(p + h * row, count, scale, sinks[h]);
   multiply(z.heads, z.width, count, {p, row}, keys, z.width, out, z.width, false);
 }
 
@@ -201,26 +202,26 @@ void prepare(const Sizes& z, const Tensor& x, const std::vector<Tensor>& weights
   const int64_t rank = q_a.size(0), hidden = x.size(2), count = last - first;
   const Strided in{floats(x) + first * hidden, hidden};
   std::vector<float> low(count * rank);
-  thin_parallel(count, in, q_a, low.data(), rank);
+  linear_parallel(count, in, q_a, low.data(), rank);
   for (int64_t i = 0; i < count; i++) normalise_row(low.data() + i * rank, floats(q_norm), rank, z.eps);
-  thin_parallel(count, {low.data(), rank}, q_b, known.q.data() + first * z.all(), z.all());
-  thin_parallel(count, in, kv, known.key.data() + first * z.width, z.width);
+  linear_parallel(count, {low.data(), rank}, q_b, known.q.data() + first * z.all(), z.all());
+  linear_parallel(count, in, kv, known.key.data() + first * z.width, z.width);
   if (compressor) compressor->project(count, in, known.tokens.data() + first * 2 * compressor->channels());
   const int64_t asked = indexer ? z.index_heads * indexer->width : 0;
   if (indexer) {
     indexer->project(count, in, known.index_tokens.data() + first * 2 * indexer->channels());
-    thin_parallel(count, {low.data(), rank}, indexing[4], known.index_q.data() + first * asked, asked);
-    thin_parallel(count, in, indexing[5], known.index_weights.data() + first * z.index_heads, z.index_heads);
+    linear_parallel(count, {low.data(), rank}, indexing[4], known.index_q.data() + first * asked, asked);
+    linear_parallel(count, in, indexing[5], known.index_weights.data() + first * z.index_heads, z.index_heads);
   }
   for (int64_t t = first; t < last; t++) {
-    const Turn turn(frequencies, z.position(t));
+    const Rotation rotation(frequencies, z.position(t));
     float *queries = known.q.data() + t * z.all(), *key = known.key.data() + t * z.width;
     for (int64_t h = 0; h < z.heads; h++)
-      normalise_row(queries + h * z.width, nullptr, z.width, z.eps), turn.apply(queries + h * z.width, z.width);
+      normalise_row(queries + h * z.width, nullptr, z.width, z.eps), rotation.apply(queries + h * z.width, z.width);
     normalise_row(key, floats(kv_norm), z.width, z.eps);
-    turn.apply(key, z.width);
+    rotation.apply(key, z.width);
     for (int64_t j = 0; j < z.index_heads; j++)
-      turn.apply(known.index_q.data() + t * asked + j * indexer->width, indexer->width);
+      rotation.apply(known.index_q.data() + t * asked + j * indexer->width, indexer->width);
   }
 }
 
@@ -232,26 +233,26 @@ void finish(const Sizes& z, const Known& known, const Store& window, const std::
   const int64_t count = last - first, all = z.all(), per_group = all / groups, rank = o_a.size(0) / groups;
   std::vector<float> out(count * all, 0.0f), grouped(count * o_a.size(0));
   std::vector<V> across;
-  int64_t turned = -1;  // the row whose keys are in `across`
+  int64_t across_row = -1;  // the row whose keys are in `across`
   for (int64_t t = first; t < last; t++) {
     if (!z.real(t)) continue;
     const int64_t b = z.row(t), visible = compressor ? (z.position(t) + 1) / compressor->rate : 0;
-    if (indexer && visible > z.top_k && turned != b) {
+    if (indexer && visible > z.top_k && across_row != b) {
       const int64_t end = std::min(z.position(std::min(last, (b + 1) * z.length) - 1) + 1, z.ends[b]);
-      across = turned_over(indexer->entries.row(b), end / compressor->rate, indexer->width), turned = b;
+      across = transposed_keys(indexer->entries.row(b), end / compressor->rate, indexer->width), across_row = b;
     }
     const auto chosen = choose(known.index_q.data() + t * z.index_heads * (indexer ? indexer->width : 0),
                                known.index_weights.data() + t * z.index_heads, across.data(), z.index_heads,
                                indexer ? indexer->width : 0, visible, indexer ? z.top_k : visible);
     float* own = out.data() + (t - first) * all;
     attend(z, known, t, window, compressor, chosen, floats(sinks), own);
-    const Turn turn(frequencies, z.position(t));
-    for (int64_t h = 0; h < z.heads; h++) turn.apply(own + h * z.width, z.width, -1.0f);
+    const Rotation rotation(frequencies, z.position(t));
+    for (int64_t h = 0; h < z.heads; h++) rotation.apply(own + h * z.width, z.width, -1.0f);
   }
   for (int64_t g = 0; g < groups; g++)
-    thin_parallel(count, {out.data() + g * per_group, all}, {floats(o_a) + g * rank * per_group, per_group}, per_group,
-                  rank, grouped.data() + g * rank, o_a.size(0));
-  thin_parallel(count, {grouped.data(), o_a.size(0)}, o_b, y + first * o_b.size(0), o_b.size(0));
+    linear_parallel(count, {out.data() + g * per_group, all}, {floats(o_a) + g * rank * per_group, per_group},
+                    per_group, rank, grouped.data() + g * rank, o_a.size(0));
+  linear_parallel(count, {grouped.data(), o_a.size(0)}, o_b, y + first * o_b.size(0), o_b.size(0));
 }
 
 Tensor decode_compressed_attention(const Tensor& x, const Tensor& lengths, const Tensor& ends,

@@ -1,5 +1,4 @@
-// A mixture of experts on a few rows: router, routed experts, shared expert; see
-// reference/decode_experts.py.
+// A mixture of experts on a few rows: router, routed experts, shared expert; see reference/decode_experts.py.
 //
 // Shapes: T rows, D hidden size, E experts, K experts per row, F width of an expert.
 //
@@ -14,20 +13,6 @@
 
 namespace {
 
-// Experts [T, K] and their weights of every row, from the router's logits [T, E]; given: experts that are chosen before.
-void route(const float* logits, int64_t rows, int64_t experts, const float* bias, const int64_t* given,
-           const Routing& how, int64_t* chosen, float* weights) {
-  std::vector<float> affinity(experts), room(experts);
-  for (int64_t t = 0; t < rows; t++, chosen += how.choices, weights += how.choices) {
-    affinities(logits + t * experts, experts, how.sigmoid, affinity.data());
-    if (given)
-      std::copy_n(given + t * how.choices, how.choices, chosen);
-    else
-      choose(affinity.data(), bias, how, room, chosen);
-    mixing(affinity.data(), experts, chosen, how, weights);
-  }
-}
-
 // One expert: its weights, and the pairs of row and choice that are its own.
 struct Share {
   const float *gate, *up, *down;
@@ -41,14 +26,16 @@ void feed_forward(const Share& own, const float* x, int64_t width, int64_t choic
   const int64_t rows = own.pairs.size();
   auto memory = std::make_unique_for_overwrite<float[]>(rows * (2 * width + 2 * own.inner));
   float *in = memory.get(), *result = in + rows * width, *gate = result + rows * width, *up = gate + rows * own.inner;
-  for (int64_t i = 0; i < rows; i++) std::memcpy(in + i * width, x + own.pairs[i] / choices * width, width * sizeof(float));
-  thin(rows, {in, width}, {own.gate, width, own.up}, width, 0, own.inner, gate, own.inner);
-  thin(rows, {in, width}, {own.up, width, own.down}, width, 0, own.inner, up, own.inner);
+  for (int64_t i = 0; i < rows; i++)
+    std::memcpy(in + i * width, x + own.pairs[i] / choices * width, width * sizeof(float));
+  linear_rows(rows, {in, width}, {own.gate, width, own.up}, width, 0, own.inner, gate, own.inner);
+  linear_rows(rows, {in, width}, {own.up, width, own.down}, width, 0, own.inner, up, own.inner);
   for (int64_t i = 0; i < rows; i++)
     swiglu_row(gate + i * own.inner, up + i * own.inner, own.inner, limit, weights ? weights[own.pairs[i]] : 1.0f,
                gate + i * own.inner);
-  thin(rows, {gate, own.inner}, {own.down, own.inner, after}, own.inner, 0, width, result, width);
-  for (int64_t i = 0; i < rows; i++) std::memcpy(out + own.pairs[i] * width, result + i * width, width * sizeof(float));
+  linear_rows(rows, {gate, own.inner}, {own.down, own.inner, after}, own.inner, 0, width, result, width);
+  for (int64_t i = 0; i < rows; i++)
+    std::memcpy(out + own.pairs[i] * width, result + i * width, width * sizeof(float));
 }
 
 // The experts that a row chose.
@@ -74,9 +61,12 @@ Tensor decode_experts(const Tensor& x, const Tensor& router, const std::optional
   std::vector<float> logits(rows * experts), weights(rows * choices);
   std::vector<int64_t> chosen(rows * choices);
   Tensor y = torch::stable::empty_like(x);
-  thin_parallel(rows, {floats(x), width}, router, logits.data(), experts);
-  route(logits.data(), rows, experts, bias ? floats(*bias) : nullptr, given ? integers(*given) : nullptr, how,
-        chosen.data(), weights.data());
+  linear_parallel(rows, {floats(x), width}, router, logits.data(), experts);
+  std::vector<float> affinity(experts), room(experts);
+  for (int64_t t = 0; t < rows; t++)
+    route_token(logits.data() + t * experts, bias ? floats(*bias) : nullptr,
+                given ? integers(*given) + t * choices : nullptr, how, affinity.data(), room,
+                chosen.data() + t * choices, weights.data() + t * choices);
   const std::vector<Share> used = shares(chosen, gate_up, down);
   Share shared{floats(shared_gate), floats(shared_up), floats(shared_down), shared_gate.size(0), {}};
   for (int64_t t = 0; t < rows; t++) shared.pairs.push_back(t);

@@ -9,7 +9,7 @@
 // is 2 D + 3 F numbers a row each way.
 //
 // One of an expert's two matrices is in use at a time, for up to PART rows, and meanwhile the one that comes next is
-// fetched: with a part's rows (400 kB in fp32 at D 256, F 128) both would not stay in the second cache. So are the rows
+// fetched: with a part's rows (500 kB in fp32 at D 256, F 128) both would not stay in the second cache. So are the rows
 // that are gathered next, some after each tile. For rows in bfloat16 an expert rounds and pairs its weights, fp32 or
 // bfloat16, where it needs them: 12 bytes of memory traffic a weight and step where copies in bfloat16 would take 18.
 // Sums over rows, which are the weights' gradients, leave in fp32 as they are, PART rows at a time or fewer. Only gate

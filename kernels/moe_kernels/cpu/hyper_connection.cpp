@@ -2,9 +2,10 @@
 //
 // Shapes: T tokens, N streams, D hidden size, C = N D, P = (2 + N) N coefficients a token: read N, write N, mix N x N.
 //
-// Cost of a token, N = 4, D = 256 (4 kB of streams, P = 24): `hyper_read` loads the streams once from memory, does 2 C P
-// = 49 kFLOP of projection in register tiles and 0.2 k cycles of Sinkhorn; backwards twice the products. `hyper_write`
-// loads 5 kB and stores 4 kB for 10 kFLOP, and is bound by memory. The maps (96 kB) stay in the second cache.
+// Cost of a token, N = 4, D = 256 (4 kB of streams, P = 24): `hyper_read` loads the streams once from memory, does 2 C
+// P = 49 kFLOP of projection in register tiles and 0.2 k cycles of Sinkhorn; backwards twice the products.
+// `hyper_write` loads 5 kB and stores 4 kB for 10 kFLOP, and is bound by memory. The maps (96 kB) stay in the second
+// cache.
 //
 // Of the forward pass are kept only the projection [T, P] and the root mean square's inverse [T]. Tokens are cut into
 // at most 32 groups by their number alone; gradients of the maps are summed inside of a group in the order of tokens,
@@ -32,7 +33,7 @@ struct Maps {
 
 // projection[t][p] = fn[p] . x[t] / rms(x[t]); inverse_rms[t].
 void project(const Maps& m, const float* x, int64_t tokens, float norm_eps, float* projection, float* inverse_rms) {
-  many(tokens, {x, m.channels}, {m.fn, m.channels}, m.channels, 0, m.count, projection, m.count);
+  linear_many(tokens, {x, m.channels}, {m.fn, m.channels}, m.channels, 0, m.count, projection, m.count);
   for (int64_t t = 0; t < tokens; t++) {
     if (tokens == BLOCK) fetch_row(x + (t + BLOCK) * m.channels, m.channels);
     V squares{};

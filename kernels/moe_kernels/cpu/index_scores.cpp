@@ -2,11 +2,12 @@
 //
 // Shapes: B rows, S tokens, J heads, I channels, T entries, R = S J products' rows of one row of tokens.
 //
-// BLOCK or a few more rows of the matrix of products [R, T] exist at a time, ENTRIES columns wide, in the second cache:
-// forwards they are cut at zero, weighed and summed to scores at once, backwards they are made again and become the
-// slopes of two more products. Entries behind the last one that any query of a block sees are left out, which is half
-// of them in a long document. Cost: 2 I FLOP a product forwards and 6 I backwards, the limit from 32 channels on, and
-// 4 bytes of memory a score each way. PART queries sum the keys' gradient on their own, [T, I] fp32.
+// BLOCK rows at most of the matrix of products [R, T], or those of one token with more heads, exist at a time, ENTRIES
+// columns wide, in the second cache: forwards they are cut at zero, weighed and summed to scores at once, backwards
+// they are made again and become the slopes of two more products. Entries behind the last one that any query of a
+// block sees are left out, which is half of them in a long document. Cost: 2 I FLOP a product forwards and 6 I
+// backwards, the limit from 32 channels on, and 4 bytes of memory a score each way. PART queries sum the keys'
+// gradient on their own, [T, I] fp32.
 #include <memory>
 
 #include "multiply.h"
@@ -14,7 +15,6 @@
 namespace {
 
 constexpr int64_t BLOCK = 48, ENTRIES = 256, PART = 128;
-constexpr float HIDDEN = -1e30f;
 
 typedef uint8_t Flags __attribute__((vector_size(W)));
 

@@ -74,7 +74,8 @@ Panels<Element<T>> summed(const T* x, int64_t count, int64_t width) {
 
 // Some rows of the gradient, transposed: in place, or laid down in `own`.
 template <class T>
-Matrix<Element<T>> turned(const T* grad, int64_t count, int64_t width, int64_t row, Element<T>* own, int64_t own_row) {
+Matrix<Element<T>> transposed(const T* grad, int64_t count, int64_t width, int64_t row, Element<T>* own,
+                              int64_t own_row) {
   if constexpr (std::is_same_v<T, float>)
     if (row <= NEAR) return {grad, 1, row};
   lay_down(grad, count, width, row, own, own_row);
@@ -98,7 +99,7 @@ void sum_rows(const T* grad, int64_t count, int64_t outputs, const Panels<Elemen
                   {grad + next * outputs, coming * outputs}, x.rows(elements<T>(next), elements<T>(coming)));
       for (int64_t at = begin; at < end; at += most) {
         const int64_t high = std::min(most, end - at);
-        const auto left = turned(grad + t * outputs + at, some, high, outputs, own.data(), row);
+        const auto left = transposed(grad + t * outputs + at, some, high, outputs, own.data(), row);
         for (int64_t n = 0; n < x.count(); n++)
           multiply(high, std::min(PANEL, x.columns - n * PANEL), elements<T>(some), left,
                    x.at(n) + elements<T>(t) * x.row, x.row, sum + (at - begin) * x.columns + n * PANEL, x.columns,

@@ -2,9 +2,9 @@
 //
 // Shapes: N matrices of m rows and k columns, m <= k; G, P, Q are [m, m].
 //
-// One matrix a thread, everything of it in the second cache (500 kB at 128 x 256). G and its polynomial are symmetric, so
-// half of their products is enough: a step takes 3/2 m^2 k + m^3 / 2 multiply-adds for m^2 k of X X^T, m^3 of G^2, m^2 k
-// of P X, of which PyTorch's batched products take 2 m^2 k + m^3.
+// One matrix a thread, everything of it in the second cache (500 kB at 128 x 256). G and its polynomial are symmetric,
+// so half of their products is enough: a step takes 3/2 m^2 k + m^3 / 2 multiply-adds for m^2 k of X X^T, m^3 of G^2,
+// m^2 k of P X, of which PyTorch's batched products take 2 m^2 k + m^3.
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -69,7 +69,8 @@ Tensor newton_schulz(const Tensor& x, const std::vector<double>& steps, double s
   const float* from = floats(x);
   float* to = floats_of(out);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), x.size(0)), 1, [&](int64_t, int64_t) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), x.size(0));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     Iterate own(m, k);
     for (int64_t n = next++; n < x.size(0); n = next++) {
       const float* one = from + n * m * k;

@@ -19,18 +19,18 @@ Tensor rotate(const Tensor& x, const Tensor& cosine, const Tensor& sine, bool in
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, tokens, TOKENS, [&](int64_t first, int64_t last) {
-      std::vector<float> turned(2 * pairs);
+      std::vector<float> rotated(2 * pairs);
       for (int64_t t = first; t < last; t++) {
         const int64_t at = (shared ? t % length : t) * pairs;
         for (int64_t row = t * heads * width; row < (t + 1) * heads * width; row += width) {
           std::memcpy(to + row, from + row, kept * sizeof(T));
-          copy(from + row + kept, 2 * pairs, turned.data());
+          copy(from + row + kept, 2 * pairs, rotated.data());
           for (int64_t r = 0; r < pairs; r++) {
-            const float c = cosines[at + r], s = sign * sines[at + r], even = turned[2 * r], odd = turned[2 * r + 1];
-            turned[2 * r] = even * c - odd * s;
-            turned[2 * r + 1] = odd * c + even * s;
+            const float c = cosines[at + r], s = sign * sines[at + r], even = rotated[2 * r], odd = rotated[2 * r + 1];
+            rotated[2 * r] = even * c - odd * s;
+            rotated[2 * r + 1] = odd * c + even * s;
           }
-          copy(turned.data(), 2 * pairs, to + row + kept);
+          copy(rotated.data(), 2 * pairs, to + row + kept);
         }
       }
     });

@@ -2,13 +2,13 @@
 //
 // Shapes: T tokens, E experts, K experts per token.
 //
-// Cost a token: an exponential an expert each way, a comparison an expert and about K log(E / K) insertions for the K
-// best; 2 E numbers written forwards, 4 E moved backwards.
+// Cost of a token: an exponential an expert each way, a comparison an expert and about K log(E / K) insertions for the
+// K best; 2 E numbers from and to memory forwards, 4 E backwards.
 #include "router.h"
 
 namespace {
 
-constexpr int64_t TOKENS = 64;       // that are worth a thread
+constexpr int64_t TOKENS = 64;      // that are worth a thread
 constexpr float SMALLEST = 1e-19f;  // root whose slope is still a number
 
 // (weights [T, K], affinities [T, E], experts [T, K]); given: experts in place of a bias.
@@ -25,13 +25,9 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, const std::option
   torch::stable::parallel_for(0, tokens, TOKENS, [&](int64_t first, int64_t last) {
     std::vector<float> room(experts);
     for (int64_t t = first; t < last; t++) {
-      float* affinity = found + t * experts;
-      affinities(floats(logits) + t * experts, experts, sigmoid_score, affinity);
-      if (given)
-        std::copy_n(integers(*given) + t * choices, choices, chosen + t * choices);
-      else
-        choose(affinity, floats(*bias), how, room, chosen + t * choices);
-      mixing(affinity, experts, chosen + t * choices, how, mixed + t * choices);
+      const int64_t* own = given ? integers(*given) + t * choices : nullptr;
+      route_token(floats(logits) + t * experts, bias ? floats(*bias) : nullptr, own, how, found + t * experts, room,
+                  chosen + t * choices, mixed + t * choices);
     }
   });
   return {weights, scores, indices};

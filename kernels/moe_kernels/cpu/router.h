@@ -22,7 +22,7 @@ inline void affinities(const float* logits, int64_t experts, bool sigmoid_score,
 }
 
 // Places of the `count` best of the values, the first of equal ones, best first.
-inline void best(const float* values, int64_t size, int64_t count, int64_t* chosen) {
+inline void top_k(const float* values, int64_t size, int64_t count, int64_t* chosen) {
   for (int64_t i = 0; i < size; i++) {
     if (i >= count && !(values[i] > values[chosen[count - 1]])) continue;
     int64_t at = std::min(i, count - 1);
@@ -44,7 +44,7 @@ inline void within_best_groups(std::vector<float>& scores, const Routing& how) {
     }
     found[g] = first + second;
   }
-  best(found.data(), how.groups, how.top_groups, kept.data());
+  top_k(found.data(), how.groups, how.top_groups, kept.data());
   for (int64_t g = 0; g < how.groups; g++)
     if (std::find(kept.begin(), kept.end(), g) == kept.end())
       std::fill(scores.begin() + g * size, scores.begin() + (g + 1) * size, -INFINITY);
@@ -55,7 +55,7 @@ inline void choose(const float* affinity, const float* bias, const Routing& how,
                    int64_t* chosen) {
   along(scores.size(), [&](int64_t at, auto get, auto put) { put(&scores[at], get(affinity + at) + get(bias + at)); });
   if (how.groups > 1) within_best_groups(scores, how);
-  best(scores.data(), scores.size(), how.choices, chosen);
+  top_k(scores.data(), scores.size(), how.choices, chosen);
 }
 
 // The sum of the chosen affinities, by which they are divided; 1 where they are not.
@@ -71,6 +71,18 @@ inline void mixing(const float* affinity, int64_t experts, const int64_t* chosen
     STD_TORCH_CHECK(chosen[k] >= 0 && chosen[k] < experts, "expert ", chosen[k], " does not exist");
   const float factor = how.scale / divisor(affinity, chosen, how);
   for (int64_t k = 0; k < how.choices; k++) weights[k] = affinity[chosen[k]] * factor;
+}
+
+// Affinities [E], experts [K] and mixing weights [K] of one token from its logits; given: experts in place of a bias;
+// room: [E].
+inline void route_token(const float* logits, const float* bias, const int64_t* given, const Routing& how,
+                        float* affinity, std::vector<float>& room, int64_t* chosen, float* weights) {
+  affinities(logits, room.size(), how.sigmoid, affinity);
+  if (given)
+    std::copy_n(given, how.choices, chosen);
+  else
+    choose(affinity, bias, how, room, chosen);
+  mixing(affinity, room.size(), chosen, how, weights);
 }
 
 }  // namespace

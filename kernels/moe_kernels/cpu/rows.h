@@ -2,7 +2,8 @@
 //
 // A row's result has the same bits however many rows there are and wherever it stands among them: every number is one
 // sum over lanes, in the same order in tiles of all heights, and nothing is packed. A product reads the weights once;
-// for few rows that is its cost (4 bytes a weight), for many two loads of the first cache for every two multiply-adds.
+// for few rows that is its cost (4 bytes a weight), for many the first cache: a load for every two multiply-adds with
+// AVX-512.
 #pragma once
 
 #include <cmath>
@@ -12,10 +13,9 @@
 
 namespace {
 
-constexpr int64_t OUTPUTS = 64;         // of a product that are one piece of work
-constexpr int64_t ENOUGH = 1 << 18;     // multiply-adds that are worth another thread
-constexpr int64_t AHEAD = 1 << 11;      // numbers between a weight that is used and the one that is fetched then
-constexpr float NEVER = -1e30f;         // a logit whose exponential is zero
+constexpr int64_t OUTPUTS = 64;      // of a product that are one piece of work
+constexpr int64_t ENOUGH = 1 << 18;  // multiply-adds that are worth another thread
+constexpr int64_t AHEAD = 1 << 11;   // numbers between a weight that is used and the one that is fetched then
 
 #if defined(__clang__)
 template <size_t... i>
@@ -66,7 +66,8 @@ struct Strided {
 // y [rows, first .. last of the outputs] = x [rows, inner] weights [outputs, inner] transposed, for ROWS rows: one
 // output's weights after the other, at the speed of memory.
 template <int ROWS>
-void few(const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y, int64_t y_row) {
+void linear_few(const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y,
+                int64_t y_row) {
   for (int64_t o = first; o < last; o += W) {
     const int64_t count = std::min<int64_t>(W, last - o);
     V all[ROWS][W] = {};
@@ -107,9 +108,9 @@ inline void dots_of_tile(const float* const x[TILE], const float* const w[OUTS],
   store(out, sums(total));
 }
 
-// The same as `few` for any number of rows: weights that one tile has read the next ones find in a cache.
-inline void many(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last,
-                 float* y, int64_t y_row) {
+// The same as `linear_few` for any number of rows: weights that one tile has read the next ones find in a cache.
+inline void linear_many(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first,
+                        int64_t last, float* y, int64_t y_row) {
   for (int64_t o = first; o < last; o += OUTS) {
     const float* w[OUTS];
     for (int j = 0; j < OUTS; j++) w[j] = weights.at(std::min(o + j, last - 1));
@@ -125,30 +126,31 @@ inline void many(int64_t rows, const Strided& x, const Strided& weights, int64_t
   }
 }
 
-inline void thin(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first, int64_t last, float* y,
-                 int64_t y_row) {
+// The same by the faster of both.
+inline void linear_rows(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t first,
+                        int64_t last, float* y, int64_t y_row) {
   switch (rows) {
     case 0: return;
-    case 1: return few<1>(x, weights, inner, first, last, y, y_row);
-    case 2: return few<2>(x, weights, inner, first, last, y, y_row);
-    case 3: return few<3>(x, weights, inner, first, last, y, y_row);
-    default: return many(rows, x, weights, inner, first, last, y, y_row);
+    case 1: return linear_few<1>(x, weights, inner, first, last, y, y_row);
+    case 2: return linear_few<2>(x, weights, inner, first, last, y, y_row);
+    case 3: return linear_few<3>(x, weights, inner, first, last, y, y_row);
+    default: return linear_many(rows, x, weights, inner, first, last, y, y_row);
   }
 }
 
 // The same of all outputs, by as many threads as pay.
-inline void thin_parallel(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t outputs, float* y,
-                          int64_t y_row) {
+inline void linear_parallel(int64_t rows, const Strided& x, const Strided& weights, int64_t inner, int64_t outputs,
+                            float* y, int64_t y_row) {
   const int64_t grain = std::max<int64_t>(1, ENOUGH / (OUTPUTS * std::max<int64_t>(1, inner * rows)));
   torch::stable::parallel_for(0, parts(outputs, OUTPUTS), grain, [&](int64_t first, int64_t last) {
-    thin(rows, x, weights, inner, first * OUTPUTS, std::min(last * OUTPUTS, outputs), y, y_row);
+    linear_rows(rows, x, weights, inner, first * OUTPUTS, std::min(last * OUTPUTS, outputs), y, y_row);
   });
 }
 
 // By a matrix of PyTorch's, [outputs, inner].
-inline void thin_parallel(int64_t rows, const Strided& x, const Tensor& weights, float* y, int64_t y_row) {
+inline void linear_parallel(int64_t rows, const Strided& x, const Tensor& weights, float* y, int64_t y_row) {
   const int64_t inner = weights.size(1);
-  thin_parallel(rows, x, {floats(weights), inner}, inner, weights.size(0), y, y_row);
+  linear_parallel(rows, x, {floats(weights), inner}, inner, weights.size(0), y, y_row);
 }
 
 // Tokens in pieces, each by one thread, where there are tiles for all threads; else at once, and the products inside of
@@ -174,10 +176,10 @@ inline void normalise_row(float* x, const float* weight, int64_t width, float ep
 }
 
 // Cosines and sines of one position.
-struct Turn {
+struct Rotation {
   std::vector<float> cosine, sine;
 
-  Turn(const Tensor& frequencies, int64_t position, float factor = 1.0f)
+  Rotation(const Tensor& frequencies, int64_t position, float factor = 1.0f)
       : cosine(frequencies.numel()), sine(frequencies.numel()) {
     for (size_t r = 0; r < cosine.size(); r++) {
       const float angle = float(position) * floats(frequencies)[r];
@@ -197,8 +199,8 @@ struct Turn {
 };
 
 // Logits times `scale` to probabilities; the row has room for whole vectors. A sink takes its part of them.
-inline void softmax_row(float* row, int64_t count, float scale, float sink = NEVER) {
-  for (int64_t k = count; k < parts(count, W) * W; k++) row[k] = NEVER;
+inline void softmax_row(float* row, int64_t count, float scale, float sink = HIDDEN) {
+  for (int64_t k = count; k < parts(count, W) * W; k++) row[k] = HIDDEN;
   V top = splat(sink), total{};
   for (int64_t k = 0; k < count; k += W) {
     const V logit = load(row + k) * scale;

@@ -1,8 +1,8 @@
 // Sinkhorn-Knopp on W matrices of N x N at a time, one in each lane of the vectors; see reference/sinkhorn.py.
 //
 // Cost of a matrix with 20 iterations, N = 4: 39 half steps of 16 additions, 16 products and 4 divisions, all in
-// registers and W at once: about 200 cycles with AVX-512. The backward pass makes the steps again and keeps them (40
-// kB); reading those costs as much as the arithmetic.
+// registers and W at once: about 200 cycles with AVX-512. The backward pass makes the steps again and keeps them
+// (50 kB for W matrices); reading those costs as much as the arithmetic.
 #pragma once
 
 #include "vector.h"

@@ -8,7 +8,7 @@ namespace {
 Tensor skinny_linear(const Tensor& x, const Tensor& weight) {
   const int64_t rows = x.size(0), outputs = weight.size(0);
   Tensor y = torch::stable::new_empty(x, {rows, outputs});
-  thin_parallel(rows, {floats(x), x.size(1)}, weight, floats_of(y), outputs);
+  linear_parallel(rows, {floats(x), x.size(1)}, weight, floats_of(y), outputs);
   return y;
 }
 

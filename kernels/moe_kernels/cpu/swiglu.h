@@ -22,9 +22,9 @@ inline void swiglu_row(const T* gate, const T* up, int64_t width, float limit, f
   });
 }
 
-// From grad, of the output without the scale's part in it: d_gate, d_up, and the sum of grad silu(gate) up. `out`, where
-// it is not null, gets the output again. A value that was cut has no gradient; one exactly at the limit has, or not
-// where `strict`.
+// From grad, of the output without the scale's part in it: d_gate, d_up, and the sum of grad silu(gate) up. `out`,
+// where it is not null, gets the output again. A value that was cut has no gradient; one exactly at the limit has, or
+// not where `strict`.
 template <bool strict, class T, class From>
 inline float swiglu_row_backward(const T* gate, const T* up, const From* grad, int64_t width, float limit, float scale,
                                  T* d_gate, T* d_up, T* out = nullptr) {

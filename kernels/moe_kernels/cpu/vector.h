@@ -31,6 +31,7 @@ constexpr int BYTES = 16;
 #endif
 constexpr int W = BYTES / 4;  // floats in a vector
 constexpr int TILE = 4;       // rows of a register tile
+constexpr float HIDDEN = -1e30f;  // the logit of what is not seen; its exponential is zero
 
 typedef float V __attribute__((vector_size(BYTES)));
 typedef int32_t I __attribute__((vector_size(BYTES)));

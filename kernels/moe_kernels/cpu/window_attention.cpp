@@ -39,13 +39,13 @@ struct Sizes {
 template <class T>
 struct Keys {
   int64_t first;
-  Turned<T> near, far;
+  Operand<T> near, far;
 
   Keys(const Sizes& z, const T* kv, const T* entries, int64_t begin, int64_t end)
       : first(std::max<int64_t>(begin - z.window, 0)),
         near(kv + first * z.width, end - first, z.width, z.width), far(entries, z.entries, z.width, z.width) {}
 
-  const Turned<T>& of(bool is_near) const { return is_near ? near : far; }
+  const Operand<T>& of(bool is_near) const { return is_near ? near : far; }
 
   const Element<T>* across(bool is_near, int64_t at) const {
     return of(is_near).across.data() + (is_near ? at - first : at);
@@ -222,15 +222,15 @@ void attend_backward(const Sizes& z, const Tile& tile, const Keys<T>& keys, cons
   tile.times_keys(z, keys, room.query, room.logits.data());
   tile.times_keys(z, keys, room.grad, room.d_logits.data());
   for (int64_t r = 0; r < tile.rows; r++) {
-    const float mean = softmax_backward(room.logits.data() + r * columns, room.d_logits.data() + r * columns, columns, 0,
-                                        z.scale(), log_sums[row + r], tile.hidden(r / z.heads), room.p.at(r),
-                                        room.d_p.at(r));
+    const float mean =
+        softmax_backward(room.logits.data() + r * columns, room.d_logits.data() + r * columns, columns, 0, z.scale(),
+                         log_sums[row + r], tile.hidden(r / z.heads), room.p.at(r), room.d_p.at(r));
     added.sinks[r % z.heads] -= exp(splat(sinks[r % z.heads] - log_sums[row + r]))[0] * mean;
   }
   tile.times_values(z, keys, room.d_p, room.result.data());
   copy(room.result.data(), tile.rows * z.width, d_q + row * z.width);
-  const Down<T> query(room.query, tile.rows, room.turned[0]), grad(room.grad, tile.rows, room.turned[1]);
-  const Down<T> p(room.p, tile.rows, room.turned[2]), d_p(room.d_p, tile.rows, room.turned[3]);
+  const Down<T> query(room.query, tile.rows, room.laid[0]), grad(room.grad, tile.rows, room.laid[1]);
+  const Down<T> p(room.p, tile.rows, room.laid[2]), d_p(room.d_p, tile.rows, room.laid[3]);
   for (const Run& run : tile.runs) {
     float* to = run.near ? added.near + (run.first - added.first_key) * z.width : added.far + run.first * z.width;
     const int64_t inner = elements<T>(tile.rows);
