@@ -8,6 +8,7 @@ from typing import Any
 import moe_kernels
 import pytest
 import torch
+from moe_kernels import numerics
 from torch import Tensor
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -17,35 +18,19 @@ TOLERANCE = {FP32: 1e-5, BF16: 1e-2}  # of the norm of the difference over the n
 
 
 def random(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+    return numerics.random(*shape, seed=seed).to(dtype)
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the reference, which counts as at least 0.01 an element."""
-    assert ours.shape == exact.shape
-    floor = 1e-2 * max(exact.numel(), 1) ** 0.5
-    ours, exact = (tensor.detach().double() for tensor in (ours, exact))
-    return float((ours - exact).norm() / exact.norm().clamp(min=floor))
+    """Norm of the difference over the norm of the reference, as the passport has it; infinite for another shape."""
+    return numerics.worst("", "", ours, exact).error
 
 
 def outputs_and_gradients(
     call: Callable[..., Any], inputs: list[Any], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Results, then gradients of every floating-point input, with the same upstream gradients for every dtype."""
-    leaves = [
-        value.detach().to(dtype or value.dtype).requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for value in inputs
-    ]
-    results = call(*leaves)
-    results = results if isinstance(results, tuple) else (results,)
-    smooth = [result for result in results if result.requires_grad]
-    upstream = [random(*result.shape, seed=7 + n).to(result.dtype) for n, result in enumerate(smooth)]
-    if smooth:
-        torch.autograd.backward(smooth, upstream)
-    gradients = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return [*results, *(grad for grad in gradients if grad is not None)]
+    return list(numerics.results(call, [numerics.cast(value, dtype) if dtype else value for value in inputs]).values())
 
 
 def assert_in_use(operation: str) -> None:

@@ -68,19 +68,21 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def compare(operation: str, dtype: torch.dtype, device: torch.device) -> tuple[Worst, int]:
     """(the worst of all cases of an operation on `device`, how many cases); what cannot run is infinitely wrong."""
-    found = []
-    for case in CASES[operation]():
-        moved = [_cast(value, dtype) for value in case.inputs]
+    found, cases = [], CASES[operation]()
+    for case in cases:
+        moved = [cast(value, dtype) for value in case.inputs]
         with moe_kernels.reference_only():
-            theirs = results(case.call, [_cast(value, torch.float64) for value in moved])
+            theirs = results(case.call, [cast(value, torch.float64) for value in moved])
         try:
-            ours = {name: value.cpu() for name, value in results(case.call, [_to(x, device) for x in moved]).items()}
+            ours = {
+                name: value.cpu() for name, value in results(case.call, [to_device(x, device) for x in moved]).items()
+            }
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             found.append(Worst(float("inf"), case.name, f"error: {reason}", [], [], float("nan"), float("nan")))
         else:
             found += [worst(case.name, name, ours.get(name), theirs[name]) for name in theirs]
-    return max(found, key=lambda one: one.error), len(CASES[operation]())
+    return max(found, key=lambda one: one.error), len(cases)
 
 
 def results(call: Callable[..., Any], inputs: list[Any]) -> dict[str, Tensor]:
@@ -117,12 +119,13 @@ def _leaf(value: Any) -> Any:
     return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Strides are kept."""
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in that dtype, its strides kept; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor on that device; anything else as it is."""
     return value.to(device) if isinstance(value, Tensor) else value
 
 

@@ -46,8 +46,8 @@ def launches() -> Iterator[Launch]:
     for operation in filter(_has_kernel, numerics.CASES):
         for dtype in numerics.dtypes(operation):
             for case in numerics.CASES[operation]():
-                inputs = [numerics._cast(value, dtype) for value in case.inputs]
-                numerics.results(case.call, [numerics._to(value, torch.device("meta")) for value in inputs])
+                inputs = [numerics.cast(value, dtype) for value in case.inputs]
+                numerics.results(case.call, [numerics.to_device(value, torch.device("meta")) for value in inputs])
     yield from found.values()
 
 

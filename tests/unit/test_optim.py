@@ -263,6 +263,7 @@ def test_every_parameter_is_in_exactly_one_group_and_the_right_one() -> None:
     }  # fmt: skip
     assert {group["eps"] for group in optimizer.param_groups} == {1e-20}
     plain = adamw(net, 1e-3, 0.1)
+    assert [group["weight_decay"] for group in plain.param_groups] == [0.1, 0.0]
     assert [names[p] for p in plain.param_groups[1]["params"]] == [p for p in names.values() if p in VECTORS]
     assert {group["eps"] for group in plain.param_groups} == {1e-8}
 

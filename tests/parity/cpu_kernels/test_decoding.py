@@ -6,13 +6,12 @@ and vectors of a processor divide badly, and the whole step against transformers
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 
 import moe_kernels
 import pytest
 import torch
 from moe_kernels import numerics
-from moe_kernels.cpu import library
 from torch import Tensor
 
 from model import ModelConfig, build, generate
@@ -45,13 +44,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def compiled() -> None:
-    if not any(map(shutil.which, library.COMPILERS)):
-        pytest.skip("needs a C++ compiler")
-    assert library.load()
-
-
 @pytest.fixture(params=list(CONFIGS), scope="module")
 def net(request: pytest.FixtureRequest) -> MoETransformer:
     """With vectors away from their start, so that sinks, biases and norms matter."""
@@ -70,12 +62,11 @@ def test_operations_are_those_of_this_processor_and_near_the_reference(operation
 
 
 @pytest.mark.parametrize("operation", DECODING)
-def test_the_same_bits_with_two_threads(operation: str) -> None:
-    before, runs = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+def test_the_same_bits_with_two_threads(operation: str, threads: Callable[[int], None]) -> None:
+    runs = []
+    for count in (1, 2):
+        threads(count)
         runs.append([numerics.results(case.call, case.inputs) for case in numerics.CASES[operation]()])
-    torch.set_num_threads(before)
     for one, two in zip(*runs, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
