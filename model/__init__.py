@@ -9,16 +9,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.config import ModelConfig, count_parameters
+    from model.config import ModelConfig
     from model.generate import generate
     from model.hf import load_pretrained, save_pretrained
+    from model.size import count_parameters
     from model.transformer import MoETransformer, build
 
 _HOMES = {
     "ModelConfig": "config",
     "MoETransformer": "transformer",
     "build": "transformer",
-    "count_parameters": "config",
+    "count_parameters": "size",
     "generate": "generate",
     "load_pretrained": "hf",
     "save_pretrained": "hf",

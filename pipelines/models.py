@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import model
-from model.config import ModelConfig, count_parameters
+from model.config import ModelConfig
+from model.size import count_parameters
 from pipelines.params import UserError
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import Any
 
 import psutil
 
-from model.config import ModelConfig, count_mtp_parameters, count_parameters
+from model.config import ModelConfig
 from model.data import PackedTokens
 from model.hf import save_pretrained
+from model.size import count_mtp_parameters, count_parameters
 from model.transformer import build
 from pipelines import stage
 from pipelines.params import Pretrain, UserError

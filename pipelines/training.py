@@ -14,8 +14,9 @@ import torch
 from moe_kernels import device as devices
 
 from model.checkpoint import CheckpointStore
-from model.config import ModelConfig, count_parameters, flops_per_token
+from model.config import ModelConfig
 from model.data import Rows
+from model.size import count_parameters, flops_per_token
 from model.train import DivergedError, Record, TrainConfig, share_of_peak, train
 from model.transformer import MoETransformer
 from pipelines.machine import environment

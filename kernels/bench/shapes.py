@@ -1,4 +1,4 @@
-"""The models of the benchmarks, and how many operations a training step of theirs is.
+"""The models of the benchmarks, and their data.
 
 V3 and V4 of about fifty million parameters, hidden size 256, and both once at twice the width (`wide`).
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model import ModelConfig, build, count_parameters
-from model.config import HEAVY, SLIDING, SPARSE
+from model import ModelConfig, build
+from model.config import HEAVY, SPARSE
 from model.moe import SwiGLU
 from model.transformer import MoETransformer
 
@@ -66,22 +66,3 @@ def dense(config: ModelConfig) -> MoETransformer:
     for block in net.model.layers[c.first_moe_layer :]:
         block.mlp = SwiGLU(c.hidden_size, width, c.swiglu_limit if c.is_v4 else None)
     return net
-
-
-def training_flops(config: ModelConfig, rows: int, length: int = LENGTH) -> float:
-    """Of forward and backward: six an active parameter and token, and attention's products of queries with keys.
-
-    Attention counts what a query may see: V3 half of the row, V4 its window and the compressed entries before it.
-    """
-    _, active = count_parameters(config)
-    c, places = config, torch.arange(1, length + 1)
-    if not c.is_v4:
-        pairs = float(places.sum()) * c.num_hidden_layers
-        channels = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
-    else:
-        seen = {kind: places.clamp(max=c.sliding_window).float() for kind in (SLIDING, SPARSE, HEAVY)}
-        seen[HEAVY] = seen[HEAVY] + places // c.compress_rates[HEAVY]
-        seen[SPARSE] = seen[SPARSE] + (places // c.compress_rates[SPARSE]).clamp(max=c.index_topk)
-        pairs = float(sum(seen[kind].sum() for kind in c.layer_types))
-        channels = 2 * c.num_attention_heads * c.head_dim
-    return rows * (6.0 * active * length + 3 * 2 * pairs * channels)

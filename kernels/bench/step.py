@@ -22,7 +22,7 @@ import peers
 import torch
 from measure import Row, Settings, Times, best_matmul, fastest, in_turn, main, ratio, require_equal
 from moe_kernels import reference_only
-from shapes import LENGTH, dense, shape, tokens, training_flops
+from shapes import LENGTH, dense, shape, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +30,7 @@ from model import ModelConfig, build
 from model.losses import cross_entropy
 from model.optim import adamw
 from model.precision import autocast
+from model.size import flops_per_token
 
 RATE = 1e-4  # small: losses that differ by rounding alone stay together
 OPTIMIZER = {"betas": (0.9, 0.95), "eps": 1e-20, "weight_decay": 0.0}
@@ -168,7 +169,7 @@ def row(key: str, what: str, target: float, times: Times, other: str, rows: int)
 def _share(key: str, what: str, config: ModelConfig, data: tuple[Tensor, Tensor], times: Times) -> Row:
     """Operations of the step a second over those of the best product of that precision: how near the limit is."""
     peak = best_matmul(getattr(torch, key.split("-")[1]), data[0].device)
-    flops = training_flops(config, len(data[0]))
+    flops = data[0].numel() * flops_per_token(config, LENGTH)
     shares = [flops / seconds / peak for seconds in times[OURS]]
     return Row(
         key,

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from moe_kernels import device as devices
 
-from model.config import count_parameters
 from model.generate import generate
 from model.score import score
+from model.size import count_parameters
 from pipelines import models
 from pipelines.encode import ASSISTANT, BOS, EOS, load_encoder
 from pipelines.finetune import mark_assistant

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from model import ModelConfig, count_parameters
-from model.config import HEAVY, LAYER_TYPES, SLIDING, SPARSE, count_mtp_parameters
+from model.config import HEAVY, LAYER_TYPES, SLIDING, SPARSE
+from model.size import count_mtp_parameters
 from model.transformer import MoETransformer
 
 TOKENS = 75
