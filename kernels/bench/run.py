@@ -29,7 +29,7 @@ from moe_kernels import device as devices
 from shapes import STEPS
 
 HERE = Path(__file__).parent
-TOPICS = ("alone", "memory", "optimizer", "threads", "decoding", "prefill", "data", "project")
+TOPICS = ("all_cores", "memory", "optimizer", "threads", "decoding", "prefill", "data", "project")
 ROUNDS = {"v4": 3, "512": 3, "decoding": 2, "prefill": 2}
 QUIET_LOAD = 0.5  # of the cores
 ENVIRONMENT = {  # large buffers stay with the process: fresh pages cost most of a copy

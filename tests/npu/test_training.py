@@ -163,9 +163,9 @@ def traced(launch: Callable, folder: Path, model: str) -> tuple[Counter[str], Co
 
 @emulated
 def test_the_readme_lists_the_operators_of_a_step(python: Callable[..., CompletedProcess[str]]) -> None:
-    program = training.ROOT / "kernels" / "bench" / "operators.py"
+    program = training.ROOT / "kernels" / "bench" / "npu_step.py"
     code = f"import runpy; bench = runpy.run_path({str(program)!r}); print(bench['table'](bench['one_step']()))"
     found = python(code, ASCEND_LAUNCH_BLOCKING="0")
     assert found.returncode == 0, found.stderr
     table = found.stdout[found.stdout.index("| calls") :].strip()
-    assert table in (training.ROOT / "kernels" / "README.md").read_text(), "run kernels/bench/operators.py"
+    assert table in (training.ROOT / "kernels" / "README.md").read_text(), "run kernels/bench/npu_step.py"

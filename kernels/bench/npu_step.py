@@ -1,6 +1,6 @@
 """The operators of one training step on `npu`, in order of their number, into kernels/README.md.
 
-`make test-npu` checks that the list there is this one; `.venv-npu/bin/python kernels/bench/operators.py` renews it,
+`make test-npu` checks that the list there is this one; `.venv-npu/bin/python kernels/bench/npu_step.py` renews it,
 with LD_LIBRARY_PATH naming the emulator as the Makefile does. A small DeepSeek-V4 in bfloat16 trains three steps; the
 trace of the third, after everything that happens once, is what counts.
 """

@@ -1,6 +1,6 @@
 """A training step as those who train run it: on all cores, wall time, each side alone in a process of its own.
 
-    python kernels/bench/alone.py --rounds 5 --output alone.json
+    python kernels/bench/all_cores.py --rounds 5 --output all_cores.json
 
 step.py gives every side one thread and our memory settings (`device.prepare`), and its CPU time knows of no core that
 waits. Here transformers as shipped keeps what PyTorch and glibc give it, where large blocks return to the system after
@@ -42,7 +42,7 @@ SIDES: dict[str, Callable[[MoETransformer], Contender]] = {
 def measure(settings: Settings, _: argparse.Namespace) -> list[Row]:
     """A row a case and peer; with --quick V3 in float32 against transformers as shipped alone."""
     if settings.device.type != "cpu":
-        return [Row("alone", "Steps on all cores", 0, None, unit="x", note="is of a CPU")]
+        return [Row("all-cores", "Steps on all cores", 0, None, unit="x", note="is of a CPU")]
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         del os.environ[name]  # run.py sets them; the processes would start with them
     return [found for case in (STEPS[:1] if settings.quick else STEPS) for found in _rows(*case, settings)]
@@ -65,7 +65,7 @@ def _rows(family: str, precision: str, size: int, settings: Settings) -> list[Ro
             warm=WARM,
         )
     name = f"{family.upper()} step, {precision}{f', hidden {size}' if size > 256 else ''}, all cores"
-    key, targets = f"alone-{family}-{precision}-{size}", TARGETS[family, precision]
+    key, targets = f"all-cores-{family}-{precision}-{size}", TARGETS[family, precision]
     found = [row(f"{key}-shipped", f"{name}: over transformers as shipped", targets[0], times, SHIPPED, rows)]
     if COMPILED in times:
         found.append(row(f"{key}-tuned", f"{name}: over {COMPILED}", targets[1], times, COMPILED, rows))
