@@ -328,6 +328,14 @@ def test_roles_go_by_name_where_the_shape_does_not_tell() -> None:
     assert role("model.hc_head.hc_fn", torch.ones(4, 8)) == "matrix"
 
 
+def test_schedule_warms_up_stays_and_decays() -> None:
+    rates = [learning_rate(step, 100, 2.0, warmup_steps=9, decay_fraction=0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9:51] == [2.0] * 42
+    assert rates[-1] == pytest.approx(0.04)
+    assert all(b < a for a, b in zip(rates[50:], rates[51:], strict=False))
+
+
 def test_cosine_tail_ends_at_its_fraction_of_the_peak() -> None:
     rates = [learning_rate(step, 1000, 2.0, 9, 0.5, tail="cosine", final_fraction=0.1) for step in range(1000)]
     assert rates[9:501] == [2.0] * 492

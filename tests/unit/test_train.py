@@ -1,5 +1,6 @@
 """The training loop on a tiny V4 with everything on: Muon, batch ramp, micro-batches, all losses, exact resume."""
 
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -135,3 +136,28 @@ def test_random_numbers_of_the_device_are_part_of_a_checkpoint(tmp_path: Path) -
     run(tmp_path, stop_after=3)
     state = CheckpointStore(tmp_path).latest()
     assert state is not None and torch.equal(state["random"]["cpu"], torch.get_rng_state())
+
+
+def test_checkpoints_are_checked_and_a_damaged_one_is_skipped(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "store")
+    assert store.latest() is None
+    for step in (1, 2, 3):
+        store.save(step, {"step": step})
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000002", "step-00000003"]
+    (store.folder / "step-00000003" / "state.pt").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert store.latest() == {"step": 2}
+    (store.folder / "step-00000002" / "sha256").write_bytes(b"\xff")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert store.latest() is None
+    assert len(caught) == 2
+
+
+def test_a_failed_save_leaves_no_trace(tmp_path: Path, monkeypatch) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"step": 1})
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        store.save(2, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
