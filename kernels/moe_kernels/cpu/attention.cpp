@@ -31,7 +31,7 @@ struct Sizes {
 std::vector<int32_t> first_keys(const Sizes& z, const std::optional<Tensor>& documents) {
   std::vector<int32_t> first(z.rows * z.keys + W);
   if (!documents) return first;
-  const auto* ids = static_cast<const int64_t*>(documents->const_data_ptr());
+  const int64_t* ids = integers(*documents);
   for (int64_t b = 0; b < z.rows; b++)
     for (int64_t t = 0; t < z.keys; t++) {
       const int64_t* own = ids + b * z.keys;

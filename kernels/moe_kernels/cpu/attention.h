@@ -36,16 +36,14 @@ inline std::pair<float, float> softmax(float* row, int64_t columns, int64_t plai
     store(row + k, x);
     top = most(x * scale, top);
   }
-  float part[W], greatest = sink;
-  store(part, top);
-  for (float x : part) greatest = std::max(greatest, x);
+  const float highest = greatest(top);
   for (k = 0; k < columns; k += W) {
-    const V p = exp(load(row + k) * scale - greatest);
+    const V p = exp(load(row + k) * scale - highest);
     store(to + k, p);
     total += p;
   }
-  const float all = sum(total) + exp(splat(sink - greatest))[0];
-  return {greatest + __builtin_logf(all), 1.0f / all};
+  const float all = sum(total) + exp(splat(sink - highest))[0];
+  return {highest + __builtin_logf(all), 1.0f / all};
 }
 
 // From what `softmax` got: probabilities, and from their gradients those of the products before the scale; returns the

@@ -16,10 +16,8 @@ std::pair<float, float> exponentials(float* row, int64_t words) {
   V top = splat(row[0]), total{};
   int64_t whole = 0;
   for (; whole + W <= words; whole += W) top = load(row + whole) > top ? load(row + whole) : top;
-  float part[W];
-  store(part, top);
   float* rest = row + std::min(whole, words - 1);
-  const float most = std::max(*std::max_element(part, part + W), *std::max_element(rest, row + words));
+  const float most = std::max(greatest(top), *std::max_element(rest, row + words));
   along(words, [&](int64_t at, auto get, auto put) { put(row + at, exp(get(row + at) - most)); });
   along(words, [&](int64_t at, auto get, auto) { total += get(row + at); });
   return {most, sum(total)};

@@ -29,7 +29,7 @@ struct Routes {
   std::vector<int64_t> pairs, places;  // sorted row -> pair of token and choice, and back
 
   Routes(const Tensor& indices, int64_t experts) : ends(experts + 1), pairs(indices.numel()), places(indices.numel()) {
-    const auto* chosen = static_cast<const int64_t*>(indices.const_data_ptr());
+    const int64_t* chosen = integers(indices);
     for (size_t i = 0; i < pairs.size(); i++) {
       STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < experts, "expert ", chosen[i], " does not exist");
       ends[chosen[i] + 1]++;

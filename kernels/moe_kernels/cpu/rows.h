@@ -207,15 +207,13 @@ inline void softmax_row(float* row, int64_t count, float scale, float sink = HID
     store(row + k, logit);
     top = logit > top ? logit : top;
   }
-  float part[W], most = sink;
-  store(part, top);
-  for (float x : part) most = std::max(most, x);
+  const float highest = greatest(top);
   for (int64_t k = 0; k < count; k += W) {
-    const V p = exp(load(row + k) - most);
+    const V p = exp(load(row + k) - highest);
     store(row + k, p);
     total += p;
   }
-  const float inverse = 1.0f / (sum(total) + exp(splat(sink - most))[0]);
+  const float inverse = 1.0f / (sum(total) + exp(splat(sink - highest))[0]);
   for (int64_t k = 0; k < count; k += W) store(row + k, load(row + k) * inverse);
 }
 

@@ -111,6 +111,12 @@ inline float sum(V v) {
   return part[0];
 }
 
+inline float greatest(V v) {
+  float part[W];
+  store(part, v);
+  return *std::max_element(part, part + W);
+}
+
 // The lesser and the greater; b where one is no number.
 inline V least(V a, V b) {
 #if defined(__AVX512F__)
