@@ -103,20 +103,13 @@ def _machine() -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "device": devices.name(devices.default()),
-        "processor": _processor(),
+        "processor": devices.processor(),
         "cores": os.cpu_count() or 1,
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "load": f"{os.getloadavg()[0]:.1f}",
         "system": platform.platform(),
         "versions": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
     }
-
-
-def _processor() -> str:
-    """The model's name where Linux tells it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _installed(name: str) -> bool:

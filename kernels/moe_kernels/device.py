@@ -69,9 +69,15 @@ def name(device: torch.device) -> str:
     if device.type != "cpu":
         label = str(torch.get_device_module(device).get_device_name(device))
         return f"{label} (emulated)" if device.type == "npu" and emulated() else label
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {threads()} threads"
+    return f"{processor()}, {threads()} threads"
+
+
+def processor() -> str:
+    """The CPU's model name where Linux tells it, else its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 @cache

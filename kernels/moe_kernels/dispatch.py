@@ -1,7 +1,7 @@
 """Which backend computes an operation: that of the tensor's device where it has the operation, else the reference.
 
 A backend is a folder beside `reference/` with the same file names: `cpu/`, `npu/` for tensors on Ascend, `triton/` for
-every other accelerator and for what Ascend has no operator for; it is imported where it is used and not before. A
+every other accelerator and for what Ascend has no operator for, imported where it is used and not before. A
 backend of compiled code has a file `library`, whose `load(device type)` says whether the code is there. A file of a
 backend may say in `NEEDS` which operators it calls, with the arguments that it passes; when this installation's
 operator lacks one of them, the next backend computes instead and a warning says so, once. `reference_only` forces the
@@ -62,8 +62,6 @@ def _load(backend: str, name: str) -> Callable[..., Any]:
 
 FUNCTIONS = {(backend, name): _load(backend, name) for backend in ("reference", "cpu", "npu") for name in OPERATIONS}
 _forced = False  # of the whole process: backward passes and recomputation run in threads of their own
-
-
 _withheld: set[tuple[str, str]] = set()  # (operation, device type)
 
 
