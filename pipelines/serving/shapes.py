@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.serving.engine import Piece, Scored
-from pipelines.serving.text import Text
+from pipelines.serving.text import Offsets, Text
 
 
 class ChatShape:
@@ -41,8 +41,7 @@ class ChatShape:
         return {**self._token(scored.token, scored.logprob), "top_logprobs": best}
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.text.token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self.text.token(token), "logprob": logprob, "bytes": list(self.text.bytes_of(token))}
 
 
 class TextShape:
@@ -52,7 +51,7 @@ class TextShape:
 
     def __init__(self, text: Text, logprobs: bool, prompt: str = "", as_ids: bool = False) -> None:
         self.text, self.logprobs, self.prompt, self.as_ids = text, logprobs, prompt, as_ids
-        self._offset = 0
+        self._offsets = Offsets(text)
 
     def first(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
@@ -72,10 +71,8 @@ class TextShape:
         return {"index": 0, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
     def _scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        tokens, offsets = [self._token(entry.token) for entry in scored], []
-        for entry in scored:
-            offsets.append(self._offset)
-            self._offset += len(self.text.token(entry.token))
+        tokens = [self._token(entry.token) for entry in scored]
+        offsets = [self._offsets.push(entry.token) for entry in scored]
         top = [
             None if entry.logprob is None else {self._token(t): logprob for t, logprob in reversed(entry.top)}
             for entry in scored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,13 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 
 from pipelines.params import UserError
+
+PRINTED = sorted(ByteLevel.alphabet())  # one for each byte: itself where that can be printed, else from U+0100 on
+OTHERS = [byte for byte in range(256) if chr(byte) not in PRINTED]
+BYTES = {character: (*range(256), *OTHERS)[ord(character)] for character in PRINTED}
 
 
 class Text:
@@ -25,7 +31,8 @@ class Text:
             self.settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001  the library raises bare ones
             raise UserError(f"{folder} has no tokenizer that can be read ({error}); export it again.") from None
-        self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        self.added = self.tokenizer.get_added_tokens_decoder()
+        self.special = [token.content for token in self.added.values() if token.special]
         self.chat_template = self.settings.get("chat_template")
 
     def encode(self, text: str) -> list[int]:
@@ -59,6 +66,28 @@ class Text:
     def token(self, id: int) -> str:
         """One token as text, control tokens as they are written; bytes that are no text alone are U+FFFD."""
         return self.tokenizer.decode([id], skip_special_tokens=False)
+
+    def bytes_of(self, id: int) -> bytes:
+        """One token, which may be a part of a character, in UTF-8; control tokens as they are written."""
+        if id in self.added:
+            return self.added[id].content.encode()
+        return bytes(BYTES[character] for character in self.tokenizer.id_to_token(id) or "")
+
+
+class Offsets:
+    """Where tokens begin in their text, which has no control tokens, in characters."""
+
+    def __init__(self, text: Text) -> None:
+        self._text, self._decoder, self._at = text, getincrementaldecoder("utf-8")("replace"), 0
+
+    def push(self, token: int) -> int:
+        """Of the next token; one that goes on with a character begins after those before it."""
+        content = b"" if self._text.token(token) in self._text.special else self._text.bytes_of(token)
+        if content and not 0x80 <= content[0] < 0xC0:  # a character that was begun before stays incomplete
+            self._at += len(self._decoder.decode(b"", final=True))
+        begin = self._at
+        self._at += len(self._decoder.decode(content))
+        return begin
 
 
 class Answer:

@@ -188,6 +188,25 @@ def test_a_prompt_is_scored_as_the_model_scores_it(served: Endpoint, net) -> Non
     assert done.usage.completion_tokens == 0
 
 
+def test_parts_of_characters_are_told_by_their_bytes_and_places(served: Endpoint) -> None:
+    text = "né 漢 tree 😀 the"
+    done = served.client.completions.create(
+        model=NAME, prompt=text, max_tokens=20, temperature=0, echo=True, logprobs=1, seed=0
+    ).choices[0]
+    scored = done.logprobs
+    pairs = list(zip(scored.tokens, scored.text_offset, strict=True))
+    assert pairs[:5] == [(SPECIAL[0], 0), ("n", 0), ("\ufffd", 1), ("\ufffd", 1), (" ", 2)] and "\ufffd" in done.text
+    whole = [(token, at) for token, at in pairs[1:] if "\ufffd" not in token]
+    assert len(whole) > 10 and all(done.text[at:].startswith(token) for token, at in whole)
+
+    chat = [{"role": "user", "content": text}]
+    answer = served.client.chat.completions.create(model=NAME, messages=chat, max_tokens=40, seed=2, logprobs=True)
+    scored = answer.choices[0].logprobs.content
+    assert any(len(one.bytes) == 1 and one.bytes[0] >= 0x80 for one in scored)
+    joined = b"".join(bytes(one.bytes) for one in scored)
+    assert joined.decode(errors="replace").removesuffix(SPECIAL[EOS]) == answer.choices[0].message.content
+
+
 def test_stop_strings_end_an_answer_and_are_left_out(served: Endpoint, folder: Path, net) -> None:
     prompt = [9, 8, 7]
     whole = text_of(folder, expected(net, prompt, 60))
