@@ -25,6 +25,10 @@ FIXED = {  # what a config.json may say of things that are one way here
     V3: ALWAYS | {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     V4: ALWAYS | {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc"},
 }
+UNSEEN = {  # what no tensor's shape gives away: a config.json has to say it
+    V3: ("n_group", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group"),
+    V4: ("index_topk", "num_experts_per_tok", "routed_scaling_factor", "sliding_window"),
+}
 ONLY_V3 = {"intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group"}
 ONLY_V3 |= {"topk_group", "first_k_dense_replace"}
 ONLY_V4 = {"head_dim", "o_groups", "o_lora_rank", "sliding_window", "layer_types", "compress_rates"}
@@ -153,6 +157,8 @@ class ModelConfig:
         for key, value in FIXED[kind].items():
             found = content.get(key)
             _require(found in (None, value), f"{key} is {found!r}; this code computes {kind} with {value!r}")
+        unsaid = [key for key in UNSEEN[kind] if content.get(key) is None]
+        _require(not unsaid, f"config.json does not say {', '.join(unsaid)}, on which {kind}'s results depend; add it")
         known = {f.name for f in dataclasses.fields(cls)} - (ONLY_V4 if kind == V3 else ONLY_V3 - {"qk_rope_head_dim"})
         fields = {key: value for key, value in content.items() if key in known and (value is not None or "lora" in key)}
         if "n_shared_experts" in content:

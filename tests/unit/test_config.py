@@ -102,6 +102,8 @@ def test_values_that_no_training_can_use_are_named(preset: str, changes: dict, s
         ("demo-v3", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
         ("demo-v3", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor is 2.0; .* with None"),
         ("demo-v3", {"rope_parameters": YARN | {"truncate": False}}, "truncate is False"),
+        ("demo-v3", {"norm_topk_prob": None, "n_group": None}, "does not say n_group, norm_topk_prob, on which"),
+        ("demo", {"sliding_window": None}, "does not say sliding_window, on which deepseek_v4's results depend"),
         ("demo", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; this code computes deepseek_v4 with 'silu'"),
         ("demo", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
         ("demo", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
