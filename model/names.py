@@ -16,8 +16,10 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
-TRANSFORMERS, DEEPSEEK, STACKED = "transformers", "deepseek", "stacked"
-FORMS = (TRANSFORMERS, DEEPSEEK, STACKED)  # stacked: as in memory; transformers' save_original_format=False writes it
+TRANSFORMERS, DEEPSEEK, STACKED, WINDOWS = "transformers", "deepseek", "stacked", "windows"
+# stacked: as in memory, transformers' save_original_format=False writes it; windows: what transformers writes of a V4
+# without compression that it read from DeepSeek's form
+FORMS = (TRANSFORMERS, DEEPSEEK, STACKED, WINDOWS)
 
 V4 = {  # inside "model.", "model.layers.#." or "mtp.#."; names that are not here are the same on both sides
     "embed_tokens.weight": "embed.weight",
@@ -78,7 +80,7 @@ Layout = dict[str, Place]
 
 def layout(state: Mapping[str, Tensor], config: ModelConfig, form: str) -> Layout:
     """Every name on disk with its place in `state` (tensors may be on the meta device), in the order of `state`."""
-    rename = _deepseek_v4 if form == DEEPSEEK else _transformers_v4
+    rename = {DEEPSEEK: _deepseek_v4, WINDOWS: _windows_v4}.get(form, _transformers_v4)
     names: Layout = {}
     for name, tensor in state.items():
         if form == STACKED:
@@ -138,3 +140,7 @@ def _transformers_v4(name: str) -> str:
     if not name.startswith("model.layers."):
         return name
     return "model." + _deepseek_v4(name).replace(".attn.kv_norm.", ".attn.norm.")
+
+
+def _windows_v4(name: str) -> str:
+    return _transformers_v4(name).replace(".attn.norm.", ".attn.kv_norm.")

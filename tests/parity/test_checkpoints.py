@@ -135,6 +135,17 @@ def test_reads_and_names_what_transformers_writes(
         assert_equal(load_file(ours_folder / file), load_file(theirs_folder / file))
 
 
+@pytest.mark.parametrize("kinds", [[SLIDING], [SLIDING, SPARSE], [HEAVY]])
+def test_reads_what_transformers_makes_of_deepseeks_names(kinds: list[str], tmp_path: Path) -> None:
+    config = v4_config(kinds, 1)
+    net = randomised(config)
+    config.save_pretrained(tmp_path / "theirs")
+    write_state(net.state_dict(), tmp_path / "theirs", ours(config), DEEPSEEK, LARGE)
+    type(net).from_pretrained(tmp_path / "theirs", dtype=torch.float32).save_pretrained(tmp_path / "again")
+    state = read_state(net.state_dict(), tmp_path / "again", ours(config), find_tensors(tmp_path / "again"))
+    assert_equal(state, net.state_dict())
+
+
 def test_names_of_deepseek_v4(tmp_path: Path) -> None:
     config = v4_config([SLIDING, SPARSE, HEAVY], 1, n_routed_experts=2, num_nextn_predict_layers=1)
     write_state(with_prediction(randomised(config)), tmp_path, ours(config), DEEPSEEK, LARGE)
