@@ -18,7 +18,7 @@ from pipelines import live, repository
 from pipelines.params import UserError
 
 FRESH, STALE = "fresh", "stale"
-NEVER, MISSING = "never run", "is missing"
+NEVER, MISSING, UNCACHED = "never run", "is missing", "is not in DVC's cache"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Stage:
     def section(self) -> str:
         """Its part of params.yaml, which may not exist."""
         return self.name.partition("@")[0]
+
+    @property
+    def lacks_files(self) -> bool:
+        """Whether it is stale only because files that dvc.lock names are not here."""
+        return all(reason.endswith((MISSING, UNCACHED)) for reason in self.why.split(", "))
 
     @property
     def command(self) -> list[str]:
@@ -190,5 +195,5 @@ def _differences(prefix: str, old: dict[str, Any], new: dict[str, Any]) -> list[
 
 
 def _in_words(path: str, how: str) -> str:
-    words = {"modified": "changed", "new": "is new", "deleted": MISSING, "not in cache": "is not in DVC's cache"}
+    words = {"modified": "changed", "new": "is new", "deleted": MISSING, "not in cache": UNCACHED}
     return f"{path} {words.get(how, how)}"

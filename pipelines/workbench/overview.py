@@ -90,12 +90,12 @@ def _next(params: Params, stages: dict[str, Stage], versions: dict[str, Any]) ->
     stale = by.get(graph.STALE, [])
     if all(stage.why == graph.NEVER for stage in stages.values()):
         return "Nothing has run here yet.", "shovel demo", "raw text to a promoted model, about ten minutes"
-    if stale and all(graph.MISSING in stage.why for stage in stale if not stage.follows):
-        first = "dvc pull" if repository.has_remote() else "shovel run"
-        return f"dvc.lock is here, {_names(stale)} lack their files.", first, "brings them or makes them again"
     if stale:
         root = next(stage for stage in stale if not stage.follows)
-        return f"{root.name} is stale: {root.why}.", "shovel run", f"runs {_names(stale)}"
+        summary = f"{root.name} is stale: {root.why}."
+        if root.lacks_files and repository.has_remote():
+            return summary, "dvc pull", "brings what dvc.lock names; `shovel run` would make it again"
+        return summary, "shovel run", f"runs {_names(stale)}"
     return _of_release(params, versions)
 
 

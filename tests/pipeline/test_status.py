@@ -81,6 +81,17 @@ def test_after_a_run_then_data_edited_params_edited_and_a_stage_that_failed(here
     assert status(shovel)["next"]["command"] == "shovel propose"
 
 
+def test_a_clone_is_told_to_pull(here, shovel: Shovel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here.commit("a model")
+    here.run("git", "clone", "-q", str(here.folder), str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert status(shovel)["next"]["command"] == "shovel run"
+    (tmp_path / ".dvc/config.local").write_text("[core]\nremote = store\n['remote \"store\"']\nurl = /mnt/store\n")
+    found = status(shovel)
+    assert found["summary"] == "fetch is stale: data/raw is not in DVC's cache."
+    assert found["next"]["command"] == "dvc pull"
+
+
 def test_exit_codes_are_those_that_the_help_names(
     here, shovel: Shovel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
