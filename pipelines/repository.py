@@ -166,6 +166,12 @@ def folder_md5(folder: Path) -> str:
     return f"{_md5(json.dumps(entries, sort_keys=True).encode())}.dir"
 
 
+def is_another(folder: Path, md5: str) -> bool:
+    """Whether a folder holds an output that DVC has kept, but not the one of this md5."""
+    found = folder_md5(folder)
+    return found != md5 and _cached(found).exists()
+
+
 def _file_md5(path: Path) -> str:
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -78,19 +78,22 @@ def verify_bytes(release: Path, reports: Path) -> list[Gate]:
 def bytes_of(version: ModelVersion, release: Path, into: Path) -> Path:
     """The folder with the bytes of a version: `release` where dvc.lock names them, else `into`, from DVC's cache.
 
-    Raises `UserError` when DVC's cache has not got them, or when nothing says which they are.
+    `release` does not count while it holds what another commit's dvc.lock names, as after a `git pull` alone. Raises
+    `UserError` when DVC's cache has not got the bytes, or when nothing says which they are.
     """
     md5 = lineage_of(version).get("dvc", {}).get(EXPORTED)
     if md5 is None:
         raise UserError(f"the tag lineage of version {version.version} does not say which bytes it has.")
-    if md5 == repository.output_hashes().get(EXPORTED) and release.exists():
+    here = md5 == repository.output_hashes().get(EXPORTED)
+    if here and release.exists() and not repository.is_another(release, md5):
         return release
     try:
         repository.check_out(md5, Path(EXPORTED), into)
     except FileNotFoundError:
+        first = "" if here else f"git checkout {version.tags.get('git.commit', '')[:12]} && "
         raise UserError(
             f"the bytes of version {version.version} are neither in {release} nor in DVC's cache; bring them with "
-            f"`git checkout {version.tags.get('git.commit', '')[:12]} && dvc pull {EXPORTED}`."
+            f"`{first}dvc pull {EXPORTED}`."
         ) from None
     return into
 

@@ -249,6 +249,19 @@ def test_what_was_tampered_with_is_not_served(project, address, monkeypatch: pyt
         rewrite(project, file.as_posix(), lambda _: sound)
 
 
+def test_what_git_has_pulled_and_dvc_not_yet_comes_from_the_cache(project, versions, monkeypatch) -> None:
+    monkeypatch.chdir(project.folder)
+    project.run("git", "checkout", "-q", "HEAD~1", "dvc.lock")
+    project.run("dvc", "checkout", "-q", RELEASE)
+    project.run("git", "checkout", "-q", "HEAD", "dvc.lock")
+    second = tracking.connect().get_model_version(NAME, "2").tags["digest"]
+    assert digests.of_folder(Path(RELEASE)) != second
+    model = deploy.prepare(tracking.connect(), deploy.Target(NAME, "previous"), load_params())
+    assert model.version.version == "2" and digests.of_folder(model.folder) == second
+    assert "every check holds" in project.run("shovel", "verify", "2").stdout
+    project.run("dvc", "checkout", "-q", RELEASE)
+
+
 def test_a_killed_server_is_forgotten_and_what_stops_a_start_is_said(project, address) -> None:
     state = project.read(".serve/server.json")
     process = psutil.Process(state["pid"])
