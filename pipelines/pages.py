@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 from pipelines.stage import replacing
 
@@ -22,9 +24,15 @@ def write(page: Path, template: str, **content: Any) -> None:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]), undefined=StrictUndefined
     )
+    environment.filters["code"] = _code
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     with replacing(page) as fresh:
         fresh.write_text(environment.get_template(template).render(style=style, **content), encoding="utf-8")
+
+
+def _code(text: str) -> Markup:
+    """What stands between backticks as code, everything escaped."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def inline_svg(figure: Figure) -> str:
