@@ -19,6 +19,7 @@ from pipelines.params import load_params
 PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "mlflow", "dvc", "great-expectations", "numpy", "pandas")
 RAW = Path("data/raw")
 TRAINING = ("pretrain", "finetune")  # the stages that make weights
+UNCOMMITTED = "+uncommitted"  # ends the tag git.commit until the commit with the run's results is made
 
 
 def facts(reports: Path) -> dict[str, Any]:
@@ -76,13 +77,14 @@ def link(reports: Path) -> dict[str, int]:
 
 
 def _link_one(client: tracking.MlflowClient, label: str, run_id: str) -> bool:
-    """False when this server does not know the run (it was made with another one)."""
+    """False when this server does not know the run (it was made with another one), or when somebody deleted it."""
     run = tracking.find_run(client, run_id)
     if run is None:
         return False
     tags = run.data.tags
     wanted = _tags(label)
-    if tags.get("git.commit", wanted["git.commit"]) != wanted["git.commit"]:
+    known = tags.get("git.commit", UNCOMMITTED)
+    if not known.endswith(UNCOMMITTED) and known != wanted["git.commit"]:
         wanted = {"dvc.restored_into": wanted["git.commit"]}
     for key, value in wanted.items():
         if tags.get(key) != value:
@@ -98,4 +100,4 @@ def _tags(label: str) -> dict[str, str]:
     if lock.exists():
         tags["dvc.lock.sha256"] = hashlib.sha256(lock.read_bytes()).hexdigest()
     dirty = bool(repository.uncommitted())
-    return tags | {"git.commit": repository.commit() + ("+uncommitted" if dirty else "")}
+    return tags | {"git.commit": repository.commit() + (UNCOMMITTED if dirty else "")}

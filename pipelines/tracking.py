@@ -57,6 +57,10 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
+class Deleted(UserError):
+    """The experiment was deleted."""
+
+
 def home() -> Path:
     """Where tracking keeps its files."""
     return repository.root() / ".mlflow"
@@ -108,15 +112,16 @@ def lock_file() -> Path:
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """The experiment of this project, made on first use."""
-    from mlflow.exceptions import MlflowException
-
+    """The experiment of this project, made on first use; raises `Deleted` when somebody deleted it."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         place = (home() / "artifacts").as_uri() if is_local() else None
-        with suppress(MlflowException):  # somebody else was faster
-            client.create_experiment(EXPERIMENT, artifact_location=place, tags={"mlflow.note.content": NOTE})
+        make = partial(client.create_experiment, EXPERIMENT, place, {"mlflow.note.content": NOTE})
+        _unless(make, "RESOURCE_ALREADY_EXISTS")  # somebody else was faster
         found = client.get_experiment_by_name(EXPERIMENT)
+    if found.lifecycle_stage == "deleted":
+        command = f"MLFLOW_TRACKING_URI={uri()} mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise Deleted(f"{_where()} has the experiment {EXPERIMENT} among the deleted ones; `{command}` brings it back.")
     return found.experiment_id
 
 
@@ -362,11 +367,8 @@ def _late_run(client: MlflowClient, run_id: str, first: dict[str, Any]) -> str |
 
 
 def _warn(error: Exception) -> None:
-    print(
-        f"tracking   {_where()} does not answer ({_reason(error)}); this run is kept in {pending.home()}, "
-        f"`shovel link` delivers it later",
-        file=sys.stderr,
-    )
+    why = str(error)[:-1] if isinstance(error, Deleted) else f"{_where()} does not answer ({_reason(error)})"
+    print(f"tracking   {why}; this run is kept in {pending.home()}, `shovel link` delivers it later", file=sys.stderr)
 
 
 def _where() -> str:
@@ -432,16 +434,13 @@ def _unless(request: Callable[[], Any], *codes: str) -> Any:
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> MlflowRun | None:
-    """The run, None when this server does not know it (it was made with another one)."""
-    from mlflow.exceptions import MlflowException
-
+    """The run, None when this server does not know it (it was made with another one), or when somebody deleted it."""
     if run_id and run_id.startswith(PENDING):
         found = client.search_runs([experiment_id(client)], f"tags.provisional_id = '{run_id}'", max_results=1)
         return found[0] if found else None
-    try:
-        return client.get_run(run_id) if run_id else None
-    except MlflowException:
-        return None
+    unknown = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
+    run = _unless(partial(client.get_run, run_id), *unknown) if run_id else None
+    return run if run and run.info.lifecycle_stage == "active" else None
 
 
 def seconds(client: MlflowClient, run_ids: Mapping[str, str]) -> dict[str, float]:

@@ -19,7 +19,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines import locks, processes, register, repository, tracking
+from pipelines import lineage, locks, processes, register, repository, tracking
+from pipelines import stage as stages
 from pipelines.deployment import deploy
 from pipelines.params import UserError
 from pipelines.workbench import choosing, proposal
@@ -195,6 +196,33 @@ def test_a_holder_that_lives_here_keeps_its_lock() -> None:
     assert not locks._is_left_behind(processes.identity(), since=0)
     assert locks._is_left_behind("elsewhere:1:1.00", since=0)
     assert not locks._is_left_behind("elsewhere:1:1.00", since=time.time())
+
+
+def test_link_names_the_commit_with_the_results_and_leaves_deleted_runs_alone(registry, monkeypatch) -> None:
+    experiment = tracking.experiment_id(registry)
+    kept, gone = (registry.create_run(experiment).info.run_id for _ in range(2))
+    registry.delete_run(gone)
+    for label, run_id in (("fetch", kept), ("clean", gone)):
+        stages.write_json(Path(f"reports/runs/{label}.json"), {"run_id": run_id})
+    for commit, loose, named in (("a", ["dvc.lock"], "a+uncommitted"), ("b", [], "b"), ("c", [], "b")):
+        monkeypatch.setattr(repository, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(repository, "uncommitted", lambda loose=loose: loose)
+        assert lineage.link(Path("reports"))["linked"] == 1
+        assert registry.get_run(kept).data.tags["git.commit"] == named
+    assert registry.get_run(kept).data.tags["dvc.restored_into"] == "c"
+
+
+def test_a_deleted_experiment_is_named_with_what_brings_it_back(registry, capsys) -> None:
+    registry.delete_experiment(tracking.experiment_id(registry))
+    with tracking.stage_run("fetch", None):
+        pass
+    said = capsys.readouterr().err
+    assert "mlflow experiments restore --experiment-id 1` brings it back; this run is kept" in said
+    assert "does not answer" not in said
+    with pytest.raises(UserError, match="has the experiment shovel among the deleted ones"):
+        lineage.link(Path("reports"))
+    registry.restore_experiment("1")
+    assert lineage.link(Path("reports"))["delivered"] == 1
 
 
 def test_weights_are_pushed_before_the_lock_is_taken(registry, tmp_path: Path, monkeypatch) -> None:
