@@ -106,8 +106,10 @@ def _comparison(
     number = promotions[0] if promotions else register.number(client, version.name, register.CHAMPION)
     if number is None or number == int(version.version):
         return None
-    other = register.find(client, version.name, number)
+    other = next((known for known in register.versions(client, version.name) if int(known.version) == number), None)
     found = {"version": number, "bits_per_byte": register.bits_of(other, reports)}
+    if other is None:  # deleted since
+        return found
     with tempfile.TemporaryDirectory() as into:
         try:
             theirs = evidence.find(client, other, reports, Path(into))

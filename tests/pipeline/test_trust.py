@@ -312,6 +312,13 @@ def test_why_tells_the_story_on_one_screen(signed) -> None:
         assert word in text
 
 
+def test_why_is_told_when_the_version_that_was_replaced_is_deleted(signed, client, evidence) -> None:
+    version, replaced = client.get_model_version("shovel-demo", "1"), [{"action": "promote", "replaces": 7}]
+    told = why._comparison(client, version, signed.folder / "reports", evidence, replaced)
+    assert told == {"version": 7, "bits_per_byte": None}
+    assert why._against(told, decided=True) == "version 7, the champion of that time"
+
+
 def test_the_registry_tells_where_evidence_lies_when_git_has_none(signed, client, tmp_path) -> None:
     """Another clone that has not pulled: keys come from git, the rest from MLflow."""
     kept = (signed.folder / "reports/evidence").rename(tmp_path / "evidence")
