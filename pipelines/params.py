@@ -268,11 +268,21 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except YAMLError as error:
+        require_merged(path)
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(
             f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}; mend that line."
         ) from None
+
+
+def require_merged(path: Path) -> None:
+    """Raises `UserError` where git left both sides of a merge in a text file."""
+    if any(line.startswith("<<<<<<< ") for line in path.read_text(encoding="utf-8").splitlines()):
+        raise UserError(
+            f"{path} holds both sides of a merge; take one with `git checkout --ours {path}` (or --theirs) "
+            f"or mend it by hand, then `shovel run`."
+        )
 
 
 def checked(schema: type[Schema], content: Any, path: Path) -> Schema:

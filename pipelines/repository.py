@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ruamel.yaml import YAML
 
-from pipelines.params import UserError
+from pipelines.params import UserError, read_yaml
 
 OWN = Path("data/own")
 SMALL = 1 << 20  # bytes of a file that is read to see whether it changed
@@ -285,4 +284,4 @@ def _md5(content: bytes) -> str:
 
 
 def _yaml(path: Path) -> Any:
-    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_yaml(path) if path.exists() else None

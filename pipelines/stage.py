@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines import live, processes, repository, tracking
-from pipelines.params import Params, UserError, load_params
+from pipelines.params import Params, UserError, load_params, require_merged
 
 REPORTS = Path("reports")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -227,11 +227,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, made_by: str) -> Any:
-    """The JSON that stage `made_by` wrote; raises `UserError` naming that stage when it is absent."""
+    """The JSON that stage `made_by` wrote; raises `UserError` naming that stage when it is absent or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; `dvc repro {made_by}` makes it.") from None
+    except json.JSONDecodeError:
+        require_merged(path)
+        raise UserError(f"{path} is damaged; `dvc repro -f {made_by}` makes it again.") from None
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

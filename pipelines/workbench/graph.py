@@ -147,8 +147,11 @@ def _repo() -> Any:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
-        return Repo(str(repository.root()))
+        repo = Repo(str(repository.root()))
+        list(repo.index.stages)  # reads dvc.yaml and dvc.lock
+        return repo
     except DvcException as error:
+        repository.stages()  # the sentence for a dvc.lock that cannot be read
         raise UserError(f"DVC cannot read this repository ({error}); mend that first.") from None
 
 

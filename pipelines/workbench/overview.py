@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import digests, live, register, repository, tracking
+from pipelines import digests, live, register, repository, stage, tracking
 from pipelines.params import Params, UserError, load_params
 from pipelines.workbench import graph, runs
 from pipelines.workbench.graph import Stage
@@ -73,7 +72,7 @@ def _figures() -> dict[str, float]:
     found = {}
     for title, (label, key) in FIGURES.items():
         file = REPORTS / f"{label}.json"
-        if file.exists() and (value := json.loads(file.read_text(encoding="utf-8")).get(key)) is not None:
+        if file.exists() and (value := stage.read_json(file, made_by=label).get(key)) is not None:
             found[title] = value
     return found
 

@@ -126,7 +126,7 @@ class Run:
         files = [self.folder / "reports" / f"{label}.json" for label in labels]
         if self.id == live.WORKSPACE:
             files = sorted((self.folder / "reports").glob("*.json"))
-        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()}
+        return {file.stem: stage.read_json(file, made_by=file.stem) for file in files if file.exists()}
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typer.main import get_command
 from pipelines import cli, live, processes
 from pipelines.commands import complete, work
 from pipelines.params import UserError
+from pipelines.stage import read_json
 
 ROOT = Path(__file__).parents[2]
 Shovel = Callable[..., tuple[int, str, str]]
@@ -49,13 +50,29 @@ def test_a_fresh_clone(fresh_project, shovel: Shovel, monkeypatch: pytest.Monkey
     assert not (fresh_project.folder / ".mlflow").exists(), "asking makes nothing"
 
 
+def test_both_sides_of_a_merge_are_one_sentence(fresh_project, shovel: Shovel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fresh_project.folder)
+    for file, command in (("dvc.lock", "status"), ("reports/runs/review.json", "link"), ("params.yaml", "check")):
+        path = fresh_project.folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("<<<<<<< HEAD\nours: {}\n=======\ntheirs: {}\n>>>>>>> main\n")
+        sentence = f"shovel: {file} holds both sides of a merge; take one with `git checkout --ours {file}`"
+        code, _, said = shovel(command)
+        assert (code, said.splitlines()[-1][: len(sentence)]) == (2, sentence)
+        path.unlink()
+    with pytest.raises(UserError, match="is damaged; `dvc repro -f review` makes it again"):
+        path.write_text("{")
+        read_json(path, made_by="review")
+
+
 def test_after_a_run_then_data_edited_params_edited_and_a_stage_that_failed(here, shovel: Shovel) -> None:
     found = status(shovel)
     assert {stage["state"] for stage in found["stages"].values()} == {"fresh"}
     bits = here.read("reports/evaluate-chat.json")["bits_per_byte"]
     assert found["figures"]["bits per held-out byte, chat"] == bits
     here.commit("first")
-    assert status(shovel)["next"]["command"] == "shovel propose"
+    here.run("dvc", "plots", "show")
+    assert status(shovel)["next"]["command"] == "shovel propose", "DVC's page of plots is nothing to commit"
 
     more = here.folder / "data/own/code/more.py"
     more.write_text("# more\n")
