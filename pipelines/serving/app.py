@@ -154,7 +154,7 @@ def _length(engine: Engine, prompt: list[int], wanted: int | None, default: int)
         raise ApiError(
             400,
             f"This model's maximum context length is {engine.context} tokens; the prompt has {len(prompt)} and "
-            f"{wanted or default} new ones were asked for. Shorten the prompt or lower max_tokens.",
+            f"{default if wanted is None else wanted} new ones were asked for. Shorten the prompt or lower max_tokens.",
             "context_length_exceeded",
         )
     return min(default, room) if wanted is None else wanted

@@ -227,6 +227,7 @@ MISTAKES = [
     ({"top_p": 0}, 400, "top_p"),
     ({"prompt": [5] * 1025}, 400, "maximum context length is 1024"),
     ({"max_tokens": 1024}, 400, "maximum context length is 1024"),
+    ({"prompt": [5] * 1025, "max_tokens": 0}, 400, "the prompt has 1025 and 0 new ones were asked for"),
     ({"prompt": []}, 400, "prompt"),
     ({"prompt": [400]}, 400, "token 400 does not exist"),
     ({"prompt": ["one", "two"]}, 400, "`prompt`: this server takes one prompt a request"),
