@@ -128,7 +128,7 @@ def _conditions(params: Params, found: Any) -> list[gates.Gate]:
     live = tracking.version_behind(client, found.name, register.CHAMPION)
     other = live if live and live.version != found.version else None
     return [
-        *gates.of_reports(params, REPORTS, register.bits_of(other)),
+        *gates.of_reports(params, REPORTS, register.measured(client, other, REPORTS)),
         gates.in_step(),
         *([verify.champion(client, other, REPORTS)] if other and params.policy.signed else []),
     ]
