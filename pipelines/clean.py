@@ -51,6 +51,11 @@ CONTROL = bytes([*range(9), 11, 12, *range(14, 32), 127])  # in UTF-8 such a byt
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NAMED = 5  # files in another encoding that are named of a source
 NOT_UTF8 = "not_utf8"  # why a file is dropped
+FORMS = {  # of a record
+    "document": '{"text": "..."}',
+    "dialogue": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, user and '
+    "assistant in turn, without a system prompt",
+}
 FIELDS = ("text", "messages", "language")  # of a record; others are not looked at
 MARKUP = {".rst": "rst", ".po": "po", ".jsonl": "jsonl", ".parquet": "parquet"}
 CODE_SUFFIXES = {".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".sh", ".css", ".sql"}
@@ -78,6 +83,7 @@ def clean(params: Clean, raw: Path, documents: Path, chat: Path, run: Run | None
         for source in sources:
             found, dropped, foreign = _rows_of(source, raw / f"{source['name']}.zip", params, advance)
             raw_documents = len(found) + dropped.total()
+            _require_form(source, raw_documents, dropped["malformed"])
             profile[source["name"]] = {"use": source["use"], "raw_documents": raw_documents, "dropped": dropped}
             profile[source["name"]] |= {NOT_UTF8: foreign[:NAMED]} if foreign else {}
             rows += [piece for row in found for piece in _split_long(row, params.max_characters)]
@@ -373,6 +379,16 @@ def _without_duplicates(rows: list[Row], profile: dict[str, Any]) -> list[Row]:
 def split_of(sha256: str, use: str, heldout_percent: float) -> str:
     """`train` or `heldout`: a function of the content's hash alone, so a document never changes sides."""
     return "heldout" if use == "eval" or int(sha256[:8], 16) < heldout_percent / 100 * 2**32 else "train"
+
+
+def _require_form(source: dict[str, Any], documents: int, malformed: int) -> None:
+    """A source of malformed records alone has another format than ours; raises `UserError` with the one wanted."""
+    if malformed and malformed == documents:
+        form = "dialogue" if source["use"] == "chat" else "document"
+        raise UserError(
+            f"source `{source['name']}`: none of its {documents:,} records is a {form}; convert them to "
+            f"{FORMS[form]}, or remove it from data/sources.yaml."
+        )
 
 
 def _require_text(rows: list[Row]) -> None:

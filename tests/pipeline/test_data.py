@@ -105,6 +105,19 @@ def test_every_reason_to_drop_is_counted(tmp_path: Path) -> None:
     assert table["sha256"].is_unique and table["path"].is_unique
 
 
+@pytest.mark.parametrize(
+    ("use", "record", "sentence"),
+    [
+        ("chat", {"instruction": "a", "output": "b"}, 'is a dialogue; convert them to {"messages": '),
+        ("chat", {"messages": [{"role": "system", "content": "a"}] * 2}, "without a system prompt"),
+        ("pretrain", {"content": "a"}, 'is a document; convert them to {"text": '),
+    ],
+)
+def test_a_source_in_another_format_is_not_left_out_in_silence(tmp_path: Path, use, record, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"source `b`: none of its 2 records .*{re.escape(sentence)}"):
+        cleaned(tmp_path, SMALL, a=PLAIN, b={"use": use, "files": {"x.jsonl": f"{json.dumps(record)}\n" * 2}})
+
+
 def test_text_that_is_not_utf8_is_named_and_random_bytes_are_none(tmp_path: Path, capsys) -> None:
     latin1 = {f"l{n}.txt": "Où est la bibliothèque ?".encode("latin-1") for n in range(7)}
     random = {f"r{n}.txt": b"\xff" + np.random.default_rng(n).bytes(2000) for n in range(20)}
