@@ -117,7 +117,9 @@ def _open(path: Path) -> Archive | None:
     if tarfile.is_tarfile(path):
         return _Tar(path)
     if path.suffix in {".gz", ".tgz", ".bz2", ".xz", ".tar", ".zip", ".whl"}:
-        raise UserError(f"the archive {path.name} is damaged or not an archive at all; fetch it again.")
+        raise UserError(
+            f"{path.name} is damaged or not an archive of files; fetch it again, or unpack it where it is one file."
+        )
     return None
 
 

@@ -181,7 +181,7 @@ def test_a_truncated_archive_is_called_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cut.tar.gz is damaged"):
         get(tmp_path, kind="path", path=str(tmp_path / "cut.tar.gz"))
     (tmp_path / "cut.tar.gz").write_bytes(b"not an archive")
-    with pytest.raises(UserError, match="damaged or not an archive"):
+    with pytest.raises(UserError, match="cut.tar.gz is damaged or not an archive of files; .* unpack it"):
         get(tmp_path, kind="path", path=str(tmp_path / "cut.tar.gz"))
 
 
