@@ -144,12 +144,15 @@ def commit(names: Iterable[str]) -> None:
 def _repo() -> Any:
     from dvc.exceptions import DvcException  # half a second of import
     from dvc.repo import Repo
+    from dvc.scm import SCMError
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         repo = Repo(str(repository.root()))
         list(repo.index.stages)  # reads dvc.yaml and dvc.lock
         return repo
+    except SCMError:
+        raise UserError("DVC needs a git repository here; `git init` makes one of a downloaded archive.") from None
     except DvcException as error:
         repository.stages()  # the sentence for a dvc.lock that cannot be read
         raise UserError(f"DVC cannot read this repository ({error}); mend that first.") from None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,9 @@ def test_a_fresh_clone(fresh_project, shovel: Shovel, monkeypatch: pytest.Monkey
     assert found["next"]["command"] == "shovel demo" and found["summary"] == "Nothing has run here yet."
     assert {stage["state"] for stage in found["stages"].values()} == {"stale"} and found["versions"] == {}
     assert not (fresh_project.folder / ".mlflow").exists(), "asking makes nothing"
+    shutil.rmtree(fresh_project.folder / ".git")
+    code, _, said = shovel("status")
+    assert code == 2 and "`git init` makes one" in said
 
 
 def test_both_sides_of_a_merge_are_one_sentence(fresh_project, shovel: Shovel, monkeypatch: pytest.MonkeyPatch) -> None:
