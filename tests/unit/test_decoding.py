@@ -4,26 +4,14 @@ from random import Random
 
 import pytest
 import torch
+from small_models import V3, V4
 from torch import Tensor
 
-from model import ModelConfig, generate
-from model.config import HEAVY, SLIDING, SPARSE
+from model import generate
 from model.decoding import CHUNK, Batch, Reading, Sampler
 from model.transformer import MoETransformer, build
 from pipelines.serving.prefixes import Prefixes
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 2, "q_lora_rank": 16,
-    "qk_rope_head_dim": 8, "n_routed_experts": 8, "initializer_range": 0.15, "num_nextn_predict_layers": 1,
-}  # fmt: skip
-V3 = ModelConfig(
-    model_type="deepseek_v3", intermediate_size=48, num_hidden_layers=2, kv_lora_rank=16, qk_nope_head_dim=8,
-    v_head_dim=8, **SIZES,
-)  # fmt: skip
-V4 = ModelConfig(
-    num_hidden_layers=3, head_dim=16, o_lora_rank=8, layer_types=[SLIDING, SPARSE, HEAVY], sliding_window=7,
-    compress_rates={SPARSE: 4, HEAVY: 6}, index_n_heads=8, index_head_dim=8, index_topk=3, **SIZES,
-)  # fmt: skip
 CONFIGS = {"v3": V3, "v4": V4, "v4 without MTP": V4.replace(num_nextn_predict_layers=0)}
 Asked = tuple[list[int], dict, int]  # prompt, sampling, new tokens
 
