@@ -96,7 +96,9 @@ def rollback(params: Register, reports: Path, comment: str = "") -> dict[str, An
     if previous and live and previous.version == live.version and REPLACED in live.tags:
         previous = find(client, params.name, int(live.tags[REPLACED]))  # a server died between the moves of two aliases
     if previous is None or (live and previous.version == live.version):
-        raise UserError(f"{params.name} has no previous champion to go back to; see the versions with `shovel status`.")
+        raise UserError(
+            f"{params.name} has no previous champion to go back to; `shovel promote VERSION` takes another."
+        )
     return _move(client, params.name, reports, previous, live, "rollback", [], comment)
 
 
