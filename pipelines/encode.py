@@ -22,6 +22,7 @@ import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pipelines import stage
+from pipelines.byte_level import BYTES
 from pipelines.corpus import documents
 from pipelines.params import Encode, UserError
 from pipelines.tracking import Run
@@ -92,19 +93,11 @@ def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 def load_encoder(folder: Path) -> tiktoken.Encoding:
     """tiktoken with the merges of `folder`/tokenizer.json: the same ids as the tokenizers library gives."""
     content = stage.read_json(folder / "tokenizer.json", made_by="encode")
-    to_byte = {character: byte for byte, character in _byte_characters().items()}
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     vocabulary = {token: rank for token, rank in content["model"]["vocab"].items() if token not in special}
-    ranks = {bytes(to_byte[character] for character in token): rank for token, rank in vocabulary.items()}
+    ranks = {bytes(BYTES[character] for character in token): rank for token, rank in vocabulary.items()}
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     return tiktoken.Encoding("shovel", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def _byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -13,13 +13,9 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from tokenizers.pre_tokenizers import ByteLevel
 
+from pipelines.byte_level import BYTES
 from pipelines.params import UserError
-
-PRINTED = sorted(ByteLevel.alphabet())  # one for each byte: itself where that can be printed, else from U+0100 on
-OTHERS = [byte for byte in range(256) if chr(byte) not in PRINTED]
-BYTES = {character: (*range(256), *OTHERS)[ord(character)] for character in PRINTED}
 
 
 class Text:
