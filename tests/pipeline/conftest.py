@@ -1,4 +1,4 @@
-"""For the tests of this folder: shared_server.py is found."""
+"""For the tests of this folder: modules that they share are found."""
 
 import sys
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import queue
 import signal
 import socket
 import sqlite3
@@ -12,76 +11,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import httpx2 as httpx
 import openai
 import pytest
 import torch
-import uvicorn
+from endpoint import CONFIG, NAME, PARAMS, TOKEN, Endpoint, made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from model import ModelConfig, build, generate, load_pretrained, save_pretrained
-from model.config import HEAVY, SLIDING, SPARSE
-from model.decoding import Batch
-from pipelines.deployment import deploy, follow
-from pipelines.encode import CHAT_TEMPLATE, EOS, SPECIAL, train_tokenizer
-from pipelines.params import Serve, UserError
+from model import generate, load_pretrained
+from pipelines.encode import EOS, SPECIAL
+from pipelines.params import UserError
 from pipelines.serving.app import create_app
-from pipelines.serving.call import Call
-from pipelines.serving.engine import Engine, Piece, QueueFull, Request
 from pipelines.serving.guard import read_callers
 from pipelines.serving.ledger import Ledger, totals
 from pipelines.serving.manager import Manager
-from pipelines.serving.protocol import CompletionRequest
 from pipelines.serving.server import require_callers, run
-from pipelines.serving.shapes import TextShape
-
-NAME, TOKEN = "tiny", "a-token-of-enough-characters"
-PARAMS = Serve(max_batch=6, max_queue=8, max_new_tokens=16, max_body_kib=256)
-CONFIG = ModelConfig(
-    vocab_size=400, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
-    q_lora_rank=16, head_dim=16, qk_rope_head_dim=8, n_routed_experts=4, num_nextn_predict_layers=1, o_lora_rank=8,
-    layer_types=[SLIDING, SPARSE, HEAVY], compress_rates={SPARSE: 4, HEAVY: 8}, sliding_window=16, index_n_heads=8,
-    index_head_dim=8, index_topk=4, initializer_range=0.15, max_position_embeddings=1024,
-)  # fmt: skip
-
-
-class Endpoint:
-    """An application under uvicorn in a thread."""
-
-    def __init__(self, manager: Manager, folder: Path, callers: dict[str, str] | None = None) -> None:
-        self.manager, self.ledger_file = manager, folder / "usage.db"
-        self._ledger = Ledger(self.ledger_file, PARAMS)
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        app = create_app(manager, PARAMS, self._ledger, callers)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        self._thread = threading.Thread(target=self._server.run, args=([listening],))
-        self._thread.start()
-        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key=TOKEN, max_retries=0, timeout=60)
-        self.http = httpx.Client(base_url=self.address, timeout=60)
-
-    def close(self) -> None:
-        self.client.close()
-        self.http.close()
-        self._server.should_exit = True
-        self._thread.join()
-        self._ledger.close()
-
-
-def made(folder: Path, seed: int) -> Path:
-    """An exported folder with a random model."""
-    folder.mkdir()
-    text = Path(json.__file__).read_text(encoding="utf-8").splitlines()
-    train_tokenizer(CONFIG.vocab_size, text).save(str(folder / "tokenizer.json"))
-    names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[EOS], "chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    net = build(CONFIG, seed)
-    save_pretrained(net, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -313,22 +260,6 @@ def test_a_client_that_hangs_up_before_a_stream_begins_ends_it(served: Endpoint,
     assert [row["requests"] for row in totals(tmp_path / "usage.db")] == [1]
 
 
-def test_an_engine_finishes_when_the_server_has_ended_before_it(folder: Path) -> None:
-    engine, ended = Engine.load(folder, NAME, "7", PARAMS), threading.Event()
-    engine.submit(Request([5, 6], 1, lambda _: ended.wait(20)))
-    body = CompletionRequest(model=NAME, prompt=[7, 8])
-    call = Call(engine, body, body.ids(), 4, TextShape(engine.text, logprobs=False))
-
-    async def ask() -> None:
-        call.start()
-
-    asyncio.run(ask())
-    ended.set()
-    assert len(engine.complete([7, 8], 4, timeout_s=20)) > 0
-    engine.close()
-    assert call.request.completion_tokens > 0
-
-
 def wait_for(condition, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -345,88 +276,6 @@ def test_a_full_queue_says_come_again(served: Endpoint) -> None:
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(ask, range(40)))
     assert set(statuses) == {200, 429} and statuses.count(200) >= PARAMS.max_queue
-
-
-def test_those_who_hung_up_in_the_queue_take_no_place_in_it(folder: Path) -> None:
-    engine, begun, goes_on = Engine.load(folder, NAME, "7", PARAMS), threading.Event(), threading.Event()
-    engine.submit(Request([5, 6], 2, lambda _: (begun.set(), goes_on.wait(20))))
-    assert begun.wait(20)
-    pieces: list[Piece] = []
-    requests = [Request([7, 8], 2, pieces.append) for _ in range(2 * PARAMS.max_queue)]
-    for request in requests[: PARAMS.max_queue]:
-        engine.submit(request)
-        request.cancel()
-    for request in requests[PARAMS.max_queue :]:
-        engine.submit(request)
-    assert engine.waiting == PARAMS.max_queue
-    with pytest.raises(QueueFull):
-        engine.submit(Request([7, 8], 2, pieces.append))
-    goes_on.set()
-    engine.close()
-    assert sum(piece.finish_reason is not None for piece in pieces) == PARAMS.max_queue
-
-
-def test_a_step_that_fails_is_told_once_and_the_next_request_is_answered(folder: Path, monkeypatch) -> None:
-    engine = Engine.load(folder, NAME, "7", PARAMS)
-    pieces: list[Piece] = []
-    with monkeypatch.context() as broken:
-        broken.setattr(Batch, "join", lambda *_: 1 / 0)
-        engine.submit(Request([5, 6], 4, pieces.append))
-        with pytest.raises(RuntimeError, match="the engine failed; try again"):
-            engine.complete([7, 8], 4)
-    assert sum(len(piece.tokens) for piece in engine.complete([7, 8], 4)) == 4
-    engine.close()
-    assert [piece.finish_reason for piece in pieces] == ["error"]
-
-
-def test_a_prompt_that_cannot_be_opened_ends_alone(folder: Path, monkeypatch) -> None:
-    engine = Engine.load(folder, NAME, "7", PARAMS)
-    opened = engine._opened
-    monkeypatch.setattr(engine, "_opened", lambda request: {}[0] if request.prompt == [9] else opened(request))
-    neighbour: queue.Queue[Piece] = queue.Queue()
-    engine.submit(Request([7, 8], 200, neighbour.put))
-    with pytest.raises(RuntimeError, match="the engine failed; try again"):
-        engine.complete([9], 4, timeout_s=10)
-    engine.close()
-    assert [piece.finish_reason for piece in neighbour.queue][-1] in ("stop", "length")
-
-
-def before_version_2(folder: Path, monkeypatch) -> tuple[Manager, follow.Follower]:
-    """Version 1 answers, and the alias has just moved to version 2; there is no registry."""
-    manager, found = Manager(PARAMS), SimpleNamespace(version="2")
-    manager.switch(manager.load(folder, NAME, "1"))
-    monkeypatch.setattr(follow.tracking, "connect", lambda: None)
-    monkeypatch.setattr(follow.tracking, "version_behind", lambda *_: found)
-    monkeypatch.setattr(deploy, "prepare", lambda *_: deploy.Model(found, folder))
-    monkeypatch.setattr(deploy, "tag", lambda *_, **__: None)
-    return manager, follow.Follower(manager, deploy.Target(NAME, "champion"), None, "here")
-
-
-@pytest.mark.parametrize(("place", "name"), [(Batch, "join"), (follow, "smoke")])
-def test_a_version_that_fails_is_told_and_leaves_nothing_behind(folder: Path, monkeypatch, place, name: str) -> None:
-    """In its first answer, or in its smoke test with an error that nobody foresaw."""
-    manager, follower = before_version_2(folder, monkeypatch)
-    with monkeypatch.context() as broken:
-        broken.setattr(place, name, lambda *_: {}[name])
-        follower._look()
-    refused = follower.health()["follows"]["refused"]
-    assert refused["version"] == "2" and "Error: " in refused["why"] and refused["why"].endswith(".")
-    assert manager.current.version == "1" and len(manager.current.complete([7], 2)) > 0
-    manager.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == f"engine {NAME} 2"]
-
-
-def test_a_server_that_ends_changes_its_model_no_more(folder: Path, monkeypatch) -> None:
-    manager, follower = before_version_2(folder, monkeypatch)
-    smoke = follow.smoke
-    with monkeypatch.context() as ending:
-        ending.setattr(follow, "smoke", lambda engine: (smoke(engine), follower.stop()))
-        follower._look()
-    assert manager.current.version == "1"
-    manager.close()
-    follower._look()
-    assert manager.current is None
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(f"engine {NAME} 2")]
 
 
 def test_the_port_is_open_while_the_model_is_loaded(folder: Path, tmp_path: Path, capsys) -> None:
